@@ -1,0 +1,106 @@
+"""The command line: `dptrain train` and `dptrain report`."""
+
+import argparse
+from collections.abc import Sequence
+import pathlib
+import sys
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs one command; returns the exit status."""
+  arguments = _parser().parse_args(_with_bindings(argv or sys.argv[1:]))
+  try:
+    return int(arguments.command(arguments))
+  except KeyboardInterrupt:
+    return 130
+  except (ValueError, OSError, RuntimeError, TypeError) as error:
+    if arguments.debug:
+      raise
+    print(f"dptrain: error: {error}", file=sys.stderr)
+    return 2
+
+
+def _train(arguments: argparse.Namespace) -> int:
+  from dptrain import configuration
+  from dptrain.training import loop
+  from dptrain.training import progress
+
+  run = configuration.training_run(
+    arguments.gin_file, arguments.gin_bindings, arguments.gin_search_paths
+  )
+  result = loop.train(run)
+  directory = pathlib.Path(run.model_dir).expanduser()
+  print(progress.summary(result, directory, claim=run.fixed_seed is None))
+  return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+  from dptrain.privacy import ledger
+  from dptrain.privacy import report
+
+  made = report.make_report(ledger.read(pathlib.Path(arguments.model_dir)))
+  print(
+    made.as_json() if arguments.format == "json" else made.as_text(), end=""
+  )
+  return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="dptrain",
+    description="Differentially private pretraining of masked language models.",
+  )
+  parser.add_argument(
+    "--debug", action="store_true", help="show tracebacks of errors"
+  )
+  commands = parser.add_subparsers(required=True, metavar="COMMAND")
+  train = commands.add_parser(
+    "train", help="train, or go on training, in MODEL_DIR"
+  )
+  train.add_argument(
+    "--gin_file",
+    action="append",
+    default=[],
+    metavar="FILE",
+    help="gin file; may be given several times, later ones win",
+  )
+  train.add_argument(
+    "--gin_bindings",
+    action="append",
+    default=[],
+    metavar="'NAME = VALUE'",
+    help="one binding; the same as --gin.NAME=VALUE",
+  )
+  train.add_argument(
+    "--gin_search_paths",
+    default=".",
+    metavar="DIR[,DIR]",
+    help="where gin files are looked for before dptrain's own",
+  )
+  train.set_defaults(command=_train)
+  report = commands.add_parser(
+    "report", help="compute the privacy report of MODEL_DIR from its ledger"
+  )
+  report.add_argument("model_dir", metavar="MODEL_DIR")
+  report.add_argument("--format", choices=("text", "json"), default="text")
+  report.set_defaults(command=_report)
+  return parser
+
+
+def _with_bindings(argv: Sequence[str]) -> list[str]:
+  """Rewrites `--gin.NAME=VALUE` as t5x does, so that argparse can read it."""
+  rewritten = []
+  for argument in argv:
+    if argument.startswith("--gin."):
+      name, equals, value = argument.removeprefix("--gin.").partition("=")
+      if not equals:
+        raise SystemExit(
+          f"dptrain: error: {argument} has no value; write --gin.{name}=VALUE"
+        )
+      argument = f"--gin_bindings={name} = {value}"
+    rewritten.append(argument)
+  return rewritten
+
+
+if __name__ == "__main__":
+  sys.exit(main())

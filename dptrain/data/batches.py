@@ -1,0 +1,119 @@
+"""Physical batches: any number of records in arrays of one static shape.
+
+Letters: N records in the store, k records asked for, P rows in a physical
+batch, T sequence length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dptrain.data.special_tokens import PAD_ID
+from dptrain.data.store import RecordStore
+
+
+def physical_batches(
+  store: RecordStore,
+  indices: npt.NDArray[np.integer[Any]],
+  physical_batch_size: int,
+) -> Iterator[dict[str, npt.NDArray[Any]]]:
+  """Deals records out into ceil(k / P) batches of one shape.
+
+  The last batch is filled up with padding rows. Memory is O(P) per batch.
+
+  Args:
+    store: the records.
+    indices: integers [k] in [0, N); k may be 0, which gives no batch.
+    physical_batch_size: P.
+
+  Returns:
+    An iterator over dictionaries: `tokens` int32 [P, T]; `example_ids` int32
+    [P], the rows' indices; `is_padding` bool [P], True for a padding row, whose
+    tokens and id are 0 (id 0 also is a true record's: only `is_padding` tells).
+
+  Raises:
+    ValueError: at once if P is below 1 or `indices` is not one row of integers;
+      while iterating if an index lies outside the store.
+  """
+  if physical_batch_size < 1:
+    raise ValueError(
+      f"physical_batch_size={physical_batch_size} must be at least 1"
+    )
+  indices = np.asarray(indices)
+  if indices.ndim != 1 or not np.issubdtype(indices.dtype, np.integer):
+    raise ValueError(
+      f"record indices are {indices.dtype} of shape {indices.shape}; they must "
+      "be integers of shape [k]"
+    )
+  return _deal(store, indices, physical_batch_size)
+
+
+def _deal(
+  store: RecordStore, indices: npt.NDArray[np.integer[Any]], size: int
+) -> Iterator[dict[str, npt.NDArray[Any]]]:
+  """Yields the batches of `physical_batches`."""
+  for start in range(0, len(indices), size):
+    members = indices[start : start + size]
+    # Fresh arrays each time: a batch may outlive the next one on a device.
+    tokens = np.full((size, store.sequence_length), PAD_ID, np.int32)
+    tokens[: len(members)] = store.gather(members)
+    example_ids = np.zeros(size, np.int32)
+    example_ids[: len(members)] = members
+    yield {
+      "tokens": tokens,
+      "example_ids": example_ids,
+      "is_padding": np.arange(size) >= len(members),
+    }
+
+
+def evaluation_batches(
+  store: RecordStore, physical_batch_size: int, limit: int | None = None
+) -> Iterator[dict[str, npt.NDArray[Any]]]:
+  """Deals out the store, or an evenly spaced part of it, always the same.
+
+  Args:
+    store: the records.
+    physical_batch_size: P.
+    limit: the most records to take; None for all.
+
+  Returns:
+    An iterator as that of `physical_batches`.
+
+  Raises:
+    ValueError: if P or the limit is below 1.
+  """
+  if limit is not None and limit < 1:
+    raise ValueError(
+      f"limit={limit} must be at least 1; leave it None for every record"
+    )
+  total = store.num_examples
+  taken = total if limit is None else min(limit, total)
+  # The first records alone would all come from the first few documents.
+  indices = np.arange(taken, dtype=np.int64) * total // taken
+  return physical_batches(store, indices, physical_batch_size)
+
+
+def check_physical_batch(num_examples: int, physical_batch_size: int) -> None:
+  """Refuses a corpus that cannot fill one physical batch.
+
+  Args:
+    num_examples: N.
+    physical_batch_size: P.
+
+  Raises:
+    ValueError: if P is below 1 or exceeds N.
+  """
+  if physical_batch_size < 1:
+    raise ValueError(
+      f"physical_batch_size={physical_batch_size} must be at least 1"
+    )
+  if num_examples < physical_batch_size:
+    raise ValueError(
+      f"the corpus has {num_examples} records, fewer than "
+      f"physical_batch_size={physical_batch_size}; lower physical_batch_size, "
+      "shorten sequence_length or give more text"
+    )

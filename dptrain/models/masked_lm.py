@@ -1,0 +1,150 @@
+"""Masked language modelling as one loss per example.
+
+Shapes: B batch, T length, V vocabulary, M masked.
+
+DP-SGD clips each example's gradient, so the objective must fall apart into
+terms that each depend on one example: no statistic of the batch may enter, and
+each loss is normalised by its own example's masks (the per-example mean that
+the replication of arXiv 2108.01624 in arXiv 2211.02956 uses).
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dptrain.models import axes
+from dptrain.models import bert as bert_lib
+
+Params = dict[str, Any]
+Batch = Mapping[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedLanguageModel:
+  """A `Bert` with the objective it is trained on.
+
+  Attributes:
+    bert: the encoder and its masked-token head.
+  """
+
+  bert: bert_lib.Bert
+
+  def init(self, key: jax.Array) -> Params:
+    """Draws fresh parameters.
+
+    Args:
+      key: one typed PRNG key.
+
+    Returns:
+      A nested dict of float32 arrays. Under `jax.eval_shape` it allocates
+      nothing.
+    """
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    params: Params = axes.unboxed(self.bert.init(key, tokens, tokens))["params"]
+    return params
+
+  def losses(
+    self, params: Params, batch: Batch, keys: jax.Array | None = None
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Computes each example's mean cross-entropy over its masked tokens.
+
+    Entry i of every result depends on `params`, row i of `batch` and
+    ``keys[i]`` only.
+
+    Args:
+      params: what `init` returned.
+      batch: `inputs` [B, T] int32 token ids, `positions` [B, M] int32 indices
+        into T, `labels` [B, M] int32 token ids in [0, V), `weights` [B, M],
+        1.0 at real predictions and 0.0 at unused slots.
+      keys: typed PRNG keys [B], one per example, for dropout; without dropout
+        they are not read. None switches dropout off, as evaluation wants it.
+        Use threefry keys: draws of "unsafe_rbg" change under vmap.
+
+    Returns:
+      [B] float32 losses, 0 where an example has no masked token, and a dict of
+      [B] float32 arrays: `loss_sum` (cross-entropy summed over masked tokens),
+      `correct` (right predictions) and `masked` (sum of weights).
+    """
+    logits = self._logits(params, batch, keys)
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    labels = batch["labels"]
+    picked = jnp.take_along_axis(log_probs, labels[..., None], axis=-1)[..., 0]
+    weights = batch["weights"].astype(jnp.float32)
+    hits = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+
+    loss_sum = -jnp.sum(weights * picked, axis=-1)
+    masked = jnp.sum(weights, axis=-1)
+    # The inner where keeps 0 / 0 out of the gradient too.
+    losses = jnp.where(
+      masked > 0, loss_sum / jnp.where(masked > 0, masked, 1.0), 0.0
+    )
+    aux = {
+      "loss_sum": loss_sum,
+      "correct": jnp.sum(weights * hits, axis=-1),
+      "masked": masked,
+    }
+    return losses, aux
+
+  def check(self, sequence_length: int, vocab_size: int) -> None:
+    """Checks that the data fits the model before anything is compiled.
+
+    Args:
+      sequence_length: T of the data.
+      vocab_size: V of the data's tokenizer.
+
+    Raises:
+      ValueError: if either does not fit.
+    """
+    if sequence_length > self.bert.max_length:
+      raise ValueError(
+        f"sequence_length={sequence_length} exceeds the model's max_length="
+        f"{self.bert.max_length}; lower sequence_length or raise"
+        " Bert.max_length"
+      )
+    if vocab_size != self.bert.vocab_size:
+      raise ValueError(
+        f"the tokenizer has vocab_size={vocab_size} but Bert.vocab_size="
+        f"{self.bert.vocab_size}; set Bert.vocab_size={vocab_size}"
+      )
+
+  def _logits(
+    self, params: Params, batch: Batch, keys: jax.Array | None
+  ) -> jax.Array:
+    """Returns [B, M, V] logits, each example under its own key."""
+    inputs, positions = batch["inputs"], batch["positions"]
+    variables = {"params": params}
+    if keys is None or self.bert.dropout_rate == 0.0:
+      return jnp.asarray(self.bert.apply(variables, inputs, positions))
+
+    # One dropout mask drawn for the whole batch would tie an example's loss to
+    # its row and to the batch's size.
+    def one(
+      inputs: jax.Array, positions: jax.Array, key: jax.Array
+    ) -> jax.Array:
+      logits = self.bert.apply(
+        variables,
+        inputs[None],
+        positions[None],
+        deterministic=False,
+        rngs={"dropout": key},
+      )
+      return jnp.asarray(logits)[0]
+
+    return jax.vmap(one)(inputs, positions, keys)
+
+
+def num_parameters(params: Any) -> int:
+  """Counts scalars.
+
+  Args:
+    params: a pytree of anything with a `shape`, such as arrays or what
+      `jax.eval_shape` returns.
+
+  Returns:
+    The number of scalars in the tree.
+  """
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

@@ -1,0 +1,42 @@
+"""Range checks on optimizer settings, each naming the setting it refuses."""
+
+import math
+
+import optax
+
+
+def check_positive(name: str, value: float) -> None:
+  """Raises ValueError unless `value` is finite and above 0."""
+  if not (math.isfinite(value) and value > 0.0):
+    raise ValueError(f"{name}={value} must be a finite number above 0")
+
+
+def check_fraction(name: str, value: float) -> None:
+  """Raises ValueError unless `value` lies in [0, 1)."""
+  if not 0.0 <= value < 1.0:
+    raise ValueError(f"{name}={value} must lie in [0, 1)")
+
+
+def check_learning_rate(learning_rate: optax.ScalarOrSchedule) -> None:
+  """Raises ValueError unless given a schedule or a positive number."""
+  if not callable(learning_rate):
+    check_positive("learning_rate", float(learning_rate))
+
+
+def check_weight_decay(
+  weight_decay: float, learning_rate: optax.ScalarOrSchedule
+) -> None:
+  """Raises ValueError on a decay that is negative or overshoots zero.
+
+  A schedule's peak is not known here, so only a fixed learning rate is held
+  against the decay.
+  """
+  if not (math.isfinite(weight_decay) and weight_decay >= 0.0):
+    raise ValueError(
+      f"weight_decay={weight_decay} must be a finite number, 0 or more"
+    )
+  if not callable(learning_rate) and weight_decay * float(learning_rate) >= 1:
+    raise ValueError(
+      f"weight_decay={weight_decay} times learning_rate={learning_rate} is 1"
+      " or more, which erases the weights at each update; lower either"
+    )

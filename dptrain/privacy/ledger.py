@@ -1,0 +1,432 @@
+"""The ledger: what was released, written down before it happens.
+
+One append-only file of JSON lines lives in MODEL_DIR, outside the checkpoints,
+so that going back to an earlier checkpoint cannot forget what later ones have
+told. Each line carries the hash of the line before it. Five kinds of line:
+
+  plan         the plan, the keyed fingerprints of corpus and seed; the first.
+  branch       a line of training that starts at the root or forks off another.
+  environment  a branch goes on under another rounding from some update on.
+  release      one update of one branch: its sampling probability and noise.
+  unprotected  something that was published without protection.
+
+A branch is named by a digest of all that decides its gradients. A crash that
+replays the same run finds its releases already written and adds none; whoever
+continues differently opens another branch, whose keys are fresh and whose
+releases are priced on top of everything that any branch ever wrote.
+"""
+
+from collections.abc import Iterator, Mapping
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+from dptrain.privacy import accounting
+from dptrain.privacy import plan as plan_lib
+
+LEDGER_FILE = "privacy_ledger.jsonl"
+_FORMAT = 1
+_NO_HASH = "0" * 64
+
+
+class LedgerError(ValueError):
+  """The ledger is damaged, or does not belong to what is asked of it."""
+
+
+class Branch(NamedTuple):
+  """One line of training.
+
+  Attributes:
+    name: digest that keys are bound to.
+    parent: name of the branch it forked off; empty for a root.
+    fork_step: number of updates that it shares with its parent.
+    lineage: digest of plan, data, programs and code.
+    environment: what may change rounding only: devices, versions.
+  """
+
+  name: str
+  parent: str
+  fork_step: int
+  lineage: str
+  environment: str
+
+
+class Ledger:
+  """The ledger of one MODEL_DIR; use `opened` to write and `read` to report.
+
+  Formal guarantee: every release is on disk (fsync) before the parameters that
+  contain it exist, whether or not they are ever saved; `releases()` composes
+  all of them, over all branches. An upper bound on what an observer of all
+  checkpoints, of all branches, has seen.
+
+  Attributes:
+    path: the file.
+    header: its first line, or an empty mapping for a new one.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    self.path = path
+    self.header: dict[str, Any] = {}
+    self._branches: dict[str, Branch] = {}
+    self._environments: dict[str, list[tuple[int, str]]] = {}
+    self._releases: dict[str, dict[int, accounting.Releases]] = {}
+    self._unprotected: list[str] = []
+    self._last_hash = _NO_HASH
+    self._file: Any = None
+    self._good_bytes = 0
+    if path.exists():
+      self._load()
+
+  # --- reading -------------------------------------------------------------
+
+  @property
+  def branches(self) -> tuple[Branch, ...]:
+    """All branches, in the order in which they were opened."""
+    return tuple(self._branches.values())
+
+  @property
+  def unprotected(self) -> tuple[str, ...]:
+    """What was declared to be outside the guarantee."""
+    return tuple(self._unprotected)
+
+  @property
+  def fixed_seed(self) -> bool:
+    """Whether the run's seed is known to others: no privacy claim."""
+    return bool(self.header.get("fixed_seed"))
+
+  def releases(self) -> list[accounting.Releases]:
+    """Everything released so far, over all branches, equal ones joined."""
+    return accounting.merged(
+      [
+        release
+        for by_step in self._releases.values()
+        for release in by_step.values()
+      ]
+    )
+
+  def num_releases(self, branch: str) -> int:
+    """How many updates of `branch` are written down."""
+    return len(self._releases.get(branch, {}))
+
+  def last_step(self, branch: str) -> int:
+    """The last update of `branch` written down; -1 if there is none."""
+    return max(self._releases.get(branch, {-1: None}))
+
+  def has(self, branch: str, step: int) -> bool:
+    """Whether update `step` of `branch` is written down."""
+    return step in self._releases.get(branch, {})
+
+  def segments(self) -> list[dict[str, Any]]:
+    """Runs of equal consecutive releases as plain data: a checkpoint's copy."""
+    runs: list[dict[str, Any]] = []
+    for name, by_step in self._releases.items():
+      for step, release in sorted(by_step.items()):
+        last = runs[-1] if runs else {}
+        key = {
+          "branch": name,
+          "sampling_prob": release.sampling_prob,
+          "noise_multiplier": release.noise_multiplier,
+        }
+        if last.get("last_step") == step - 1 and key.items() <= last.items():
+          last["last_step"] = step
+        else:
+          runs.append({**key, "first_step": step, "last_step": step})
+    return runs
+
+  def check_contains(self, segments: list[dict[str, Any]]) -> None:
+    """Refuses a ledger that lacks what a checkpoint knows was released.
+
+    Raises:
+      LedgerError: the file was replaced by an older copy.
+    """
+    for run in segments:
+      for step in range(run["first_step"], run["last_step"] + 1):
+        release = accounting.Releases(
+          1, run["sampling_prob"], run["noise_multiplier"]
+        )
+        if self._releases.get(run["branch"], {}).get(step) != release:
+          raise LedgerError(
+            f"{self.path} lacks update {step} of branch {run['branch'][:12]},"
+            " which a checkpoint beside it contains: the ledger was rolled"
+            " back. Restore the newest copy of it; without it the guarantee is"
+            " lost."
+          )
+
+  # --- writing -------------------------------------------------------------
+
+  def start(
+    self,
+    plan: plan_lib.PrivacyPlan,
+    *,
+    corpus: str,
+    seed: str,
+    fixed_seed: bool,
+  ) -> None:
+    """Writes the header, or checks that the one on disk tells the same.
+
+    Args:
+      plan: the plan of this run.
+      corpus: keyed fingerprint of the training records.
+      seed: keyed fingerprint of the seed itself.
+      fixed_seed: whether the seed is known to others.
+
+    Raises:
+      LedgerError: MODEL_DIR belongs to another plan, corpus or seed; names each
+        difference.
+    """
+    told = {
+      "kind": "plan",
+      "format": _FORMAT,
+      "plan": json.loads(json.dumps(plan.as_dict())),
+      "corpus": corpus,
+      "seed": seed,
+      "fixed_seed": fixed_seed,
+    }
+    if not self.header:
+      self._append(told)
+      return
+    found = plan_lib.differences(self.header["plan"], told["plan"])
+    if self.header["seed"] != seed:
+      found.append("the secret seed is another one")
+    elif self.header["corpus"] != corpus:
+      found.append("the content of the training records is not the same")
+    if found:
+      raise LedgerError(
+        f"{self.path.parent} belongs to another plan: {'; '.join(found)}. What"
+        " it has released is priced under its own plan: restore that setting,"
+        " or start in a new MODEL_DIR."
+      )
+
+  def open_branch(
+    self,
+    *,
+    checkpoint_branch: str,
+    checkpoint_step: int,
+    lineage: str,
+    environment: str,
+  ) -> Branch:
+    """The branch on which training goes on from a checkpoint.
+
+    Args:
+      checkpoint_branch: branch of the checkpoint; empty for a fresh start.
+      checkpoint_step: updates that the checkpoint contains.
+      lineage: digest of what decides the gradients now.
+      environment: what may change their rounding.
+
+    Returns:
+      The checkpoint's own branch if continuing it repeats what it released or
+      releases nothing twice; else a new one with fresh keys.
+
+    Raises:
+      LedgerError: the checkpoint's branch is not in the ledger.
+    """
+    if checkpoint_branch:
+      if checkpoint_branch not in self._branches:
+        raise LedgerError(
+          f"{self.path} does not know branch {checkpoint_branch[:12]} of the"
+          " checkpoint: they belong to different runs. Restore the ledger that"
+          " was written with this checkpoint."
+        )
+      held = self._branches[checkpoint_branch]
+      if held.lineage == lineage and self._repeats_exactly(
+        held.name, checkpoint_step, environment
+      ):
+        if self._environments[held.name][-1][1] != environment:
+          self._append(
+            {
+              "kind": "environment",
+              "branch": held.name,
+              "step": checkpoint_step,
+              "environment": environment,
+            }
+          )
+        return held
+    name = _digest(
+      checkpoint_branch, str(checkpoint_step), lineage, environment
+    )
+    branch = Branch(
+      name, checkpoint_branch, checkpoint_step, lineage, environment
+    )
+    if name not in self._branches:
+      self._append({"kind": "branch", **branch._asdict()})
+    return branch
+
+  def _repeats_exactly(self, branch: str, step: int, environment: str) -> bool:
+    # Only updates that were already made can be made twice: from `step` on, all
+    # of them must have been made in this same environment.
+    if self.last_step(branch) < step:
+      return True
+    history = self._environments[branch]
+    ends = [start for start, _ in history[1:]] + [self.last_step(branch) + 1]
+    return all(
+      made_in == environment
+      for (_, made_in), end in zip(history, ends, strict=True)
+      if end > step
+    )
+
+  def record(
+    self, branch: str, step: int, release: accounting.Releases
+  ) -> None:
+    """Writes down update `step` of `branch`; call it before the update.
+
+    A replay of what is already written must release the same and adds nothing.
+
+    Raises:
+      LedgerError: the replay differs, or a step is skipped.
+      OSError: the line could not be written; do not make the update.
+    """
+    by_step = self._releases.get(branch, {})
+    if step in by_step:
+      if by_step[step] != release:
+        raise LedgerError(
+          f"update {step} of branch {branch[:12]} was released with"
+          f" {by_step[step]} and would now be repeated with {release}."
+        )
+      return
+    expected = self.last_step(branch) + 1
+    expected = max(expected, self._branches[branch].fork_step)
+    if step != expected:
+      raise LedgerError(
+        f"update {step} of branch {branch[:12]} cannot be recorded before"
+        f" update {expected}."
+      )
+    self._append(
+      {
+        "kind": "release",
+        "branch": branch,
+        "step": step,
+        "sampling_prob": release.sampling_prob,
+        "noise_multiplier": release.noise_multiplier,
+      }
+    )
+
+  def declare_unprotected(self, what: str) -> None:
+    """Notes, once, that `what` was published without protection."""
+    if what not in self._unprotected:
+      self._append({"kind": "unprotected", "what": what})
+
+  # --- the file ------------------------------------------------------------
+
+  def _append(self, entry: Mapping[str, Any]) -> None:
+    if self._file is None:
+      raise LedgerError(f"{self.path} is open for reading only.")
+    entry = {**entry, "previous": self._last_hash}
+    line = json.dumps(entry, sort_keys=True) + "\n"
+    try:
+      if self._file.write(line.encode()) != len(line.encode()):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+      os.fsync(self._file.fileno())
+    except OSError as error:
+      with contextlib.suppress(OSError):
+        os.ftruncate(self._file.fileno(), self._good_bytes)
+      raise OSError(
+        error.errno,
+        f"cannot write the privacy ledger ({error.strerror}): training stops"
+        " before the update that it could not record. Free space and start"
+        " again; nothing is lost",
+        str(self.path),
+      ) from error
+    self._take(entry, line)
+
+  def _load(self) -> None:
+    data = self.path.read_bytes()
+    # A kill in mid-write leaves a last line without its end: the update that it
+    # announced was never made.
+    *lines, _ = data.split(b"\n")
+    for number, line in enumerate(lines, 1):
+      try:
+        entry = json.loads(line)
+        if entry["previous"] != self._last_hash:
+          raise ValueError("its hash does not follow from the line before it")
+        self._take(entry, line.decode() + "\n")
+      except (ValueError, KeyError, TypeError) as error:
+        raise LedgerError(
+          f"{self.path}, line {number} is damaged: {error}. Restore the ledger"
+          " from a backup; without it nothing can be claimed for this run."
+        ) from error
+
+  def _take(self, entry: Mapping[str, Any], line: str) -> None:
+    kind = entry["kind"]
+    if kind == "plan":
+      if entry["format"] != _FORMAT:
+        raise ValueError(f"format {entry['format']} is not {_FORMAT}")
+      self.header = dict(entry)
+    elif kind == "branch":
+      branch = Branch(**{name: entry[name] for name in Branch._fields})
+      self._branches[branch.name] = branch
+      self._environments[branch.name] = [(branch.fork_step, branch.environment)]
+    elif kind == "environment":
+      self._environments[entry["branch"]].append(
+        (entry["step"], entry["environment"])
+      )
+    elif kind == "release":
+      self._releases.setdefault(entry["branch"], {})[entry["step"]] = (
+        accounting.Releases(
+          1, entry["sampling_prob"], entry["noise_multiplier"]
+        )
+      )
+    elif kind == "unprotected":
+      self._unprotected.append(entry["what"])
+    else:
+      raise ValueError(f"unknown kind {kind!r}")
+    self._last_hash = hashlib.sha256(line.encode()).hexdigest()
+    self._good_bytes += len(line.encode())
+
+  def _attach(self, file: Any) -> None:
+    os.ftruncate(file.fileno(), self._good_bytes)
+    self._file = file
+
+
+@contextlib.contextmanager
+def opened(directory: pathlib.Path) -> Iterator[Ledger]:
+  """The ledger of MODEL_DIR, locked for the one process that trains there.
+
+  Args:
+    directory: MODEL_DIR, which must exist.
+
+  Yields:
+    A ledger that can be written.
+
+  Raises:
+    LedgerError: damaged, or another process is training in `directory`.
+  """
+  path = directory / LEDGER_FILE
+  with open(path, "ab", buffering=0) as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise LedgerError(
+        f"another process is training in {directory}; wait for it or choose"
+        " another MODEL_DIR."
+      ) from error
+    ledger = Ledger(path)
+    ledger._attach(file)
+    yield ledger
+
+
+def read(directory: pathlib.Path) -> Ledger:
+  """The ledger of MODEL_DIR, for reports.
+
+  Raises:
+    FileNotFoundError: there is none.
+    LedgerError: it is damaged or empty.
+  """
+  path = directory / LEDGER_FILE
+  if not path.exists():
+    raise FileNotFoundError(
+      f"{path} does not exist: {directory} is not a MODEL_DIR of dptrain, or"
+      " its first training run has not begun."
+    )
+  ledger = Ledger(path)
+  if not ledger.header:
+    raise LedgerError(f"{path} is empty: nothing was released yet.")
+  return ledger
+
+
+def _digest(*parts: str) -> str:
+  return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()

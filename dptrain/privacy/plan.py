@@ -1,0 +1,205 @@
+"""The plan: one object that sampler, noise, accountant and ledger all read.
+
+`PrivacySettings` is what a user binds in gin; `make_plan` joins it with the
+corpus into a `PrivacyPlan`. Nothing else in dptrain holds a sampling
+probability, an expected batch size or a noise multiplier.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+from typing import Any
+import warnings
+
+from dptrain.privacy import accounting
+from dptrain.privacy import schedule as schedule_lib
+
+CLIPPING_RULES = ("flat", "normalized", "automatic")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrivacySettings:
+  """What a user decides about privacy.
+
+  Attributes:
+    schedule: expected batch size by update.
+    delta: of (epsilon, delta)-DP; below 1/N, or a warning says so.
+    noise_multiplier: noise standard deviation over sensitivity. None: the
+      smallest that keeps the whole schedule within `target_epsilon`.
+    target_epsilon: the budget; training stops before the update that would
+      exceed it. None: no budget, and `noise_multiplier` must be given.
+    l2_clip_norm: bound C on the L2 norm of one unit's whole gradient.
+    clipping: "flat" (to norm at most C), "normalized" (flat, then divided by
+      C) or "automatic" (g / (|g| + gamma), arXiv 2206.07136).
+    automatic_gamma: the gamma of automatic clipping.
+    relation: neighbouring relation, "zero_out" or "add_or_remove_one".
+    sampling: "poisson", the only one so far.
+    unit: the privacy unit, "record" (one fixed-length sequence).
+  """
+
+  schedule: schedule_lib.BatchSchedule
+  delta: float
+  noise_multiplier: float | None = None
+  target_epsilon: float | None = None
+  l2_clip_norm: float = 1.0
+  clipping: str = "flat"
+  automatic_gamma: float = 0.01
+  relation: str = "zero_out"
+  sampling: str = "poisson"
+  unit: str = "record"
+
+  def __post_init__(self) -> None:
+    accounting.check_delta(self.delta)
+    if self.noise_multiplier is None and self.target_epsilon is None:
+      raise ValueError(
+        "PrivacySettings.noise_multiplier and target_epsilon are both None:"
+        " give a noise multiplier, a budget, or both."
+      )
+    for name in (
+      "noise_multiplier",
+      "target_epsilon",
+      "l2_clip_norm",
+      "automatic_gamma",
+    ):
+      value = getattr(self, name)
+      if value is not None and not 0 < value < float("inf"):
+        raise ValueError(
+          f"PrivacySettings.{name}={value} must be a positive, finite number."
+        )
+    for name, known in (
+      ("clipping", CLIPPING_RULES),
+      ("relation", tuple(accounting.RELATIONS)),
+      ("sampling", ("poisson",)),
+      ("unit", ("record",)),
+    ):
+      value = getattr(self, name)
+      if value not in known:
+        raise ValueError(
+          f"PrivacySettings.{name}={value!r} is not supported; use one of"
+          f" {', '.join(map(repr, known))}."
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrivacyPlan:
+  """What a run will release, update by update; every field is public.
+
+  Formal guarantee: unit: one record of the training store. Relation "zero_out":
+  neighbouring corpora have the same public size N and differ in one record,
+  which one of them replaces by a record that contributes nothing
+  (REPLACE_SPECIAL of dp-accounting, arXiv 2103.00039); "add_or_remove_one": one
+  record is added or removed, and N stands for a public constant near the
+  corpus size. Sensitivity: that of the clipping rule. Sampling probabilities,
+  expected_batch_size / num_examples, are constants of the plan.
+
+  Attributes: those of `PrivacySettings`, with `noise_multiplier` decided, and
+    num_examples: corpus size N.
+  """
+
+  num_examples: int
+  schedule: schedule_lib.BatchSchedule
+  noise_multiplier: float
+  delta: float
+  target_epsilon: float | None
+  l2_clip_norm: float
+  clipping: str
+  automatic_gamma: float
+  relation: str
+  sampling: str
+  unit: str
+
+  @property
+  def num_steps(self) -> int:
+    """Updates in the whole run."""
+    return self.schedule.num_steps
+
+  def sampling_prob(self, step: int) -> float:
+    """Probability that a given example takes part in update `step`."""
+    return self.expected_batch_size(step) / self.num_examples
+
+  def expected_batch_size(self, step: int) -> int:
+    """The public constant that the noisy sum of update `step` is divided by."""
+    return self.schedule.expected_batch_size(step)
+
+  def release(self, step: int) -> accounting.Releases:
+    """What update `step` releases."""
+    return accounting.Releases(
+      1, self.sampling_prob(step), self.noise_multiplier
+    )
+
+  def releases(self, first_step: int = 0) -> Iterator[accounting.Releases]:
+    """Runs of equal releases from update `first_step` to the end, in order."""
+    for start, count, size in self.schedule.segments():
+      count = start + count - max(start, first_step)
+      if count > 0:
+        yield accounting.Releases(
+          count, size / self.num_examples, self.noise_multiplier
+        )
+
+  def as_dict(self) -> dict[str, Any]:
+    """Plain data: what the ledger records and a resumed run must equal."""
+    return dataclasses.asdict(self)
+
+
+def make_plan(
+  settings: PrivacySettings,
+  num_examples: int,
+  *,
+  calibrated_noise: float | None = None,
+) -> PrivacyPlan:
+  """Joins settings and corpus size; calibrates the noise if it is not given.
+
+  Args:
+    settings: the user's decisions.
+    num_examples: records in the training store.
+    calibrated_noise: what an earlier start of the same run was calibrated to;
+      read only if `settings` gives no noise multiplier.
+
+  Returns:
+    The plan of the whole run.
+
+  Raises:
+    ValueError: a phase expects more examples than there are, or no noise
+      reaches the target epsilon.
+  """
+  if num_examples < 1:
+    raise ValueError(f"num_examples={num_examples}: the corpus is empty.")
+  segments = settings.schedule.segments()
+  largest = max(segments, key=lambda segment: segment.expected_batch_size)
+  if largest.expected_batch_size > num_examples:
+    raise ValueError(
+      f"expected_batch_size={largest.expected_batch_size} from update"
+      f" {largest.first_step} on exceeds the corpus of {num_examples} examples:"
+      " its sampling probability would be over 1. Lower that phase of"
+      " BatchSchedule or bring more text."
+    )
+  if settings.delta >= 1 / num_examples:
+    warnings.warn(
+      f"delta={settings.delta:g} is not below 1/N={1 / num_examples:.3g}: such"
+      " a delta allows publishing whole records. Choose a smaller delta.",
+      stacklevel=2,
+    )
+  noise_multiplier = settings.noise_multiplier or calibrated_noise
+  if noise_multiplier is None:
+    if settings.target_epsilon is None:
+      raise ValueError("give noise_multiplier or target_epsilon.")
+    noise_multiplier = accounting.calibrate_noise_multiplier(
+      [(s.num_steps, s.expected_batch_size / num_examples) for s in segments],
+      settings.target_epsilon,
+      settings.delta,
+      settings.relation,
+    )
+  fields = {
+    field.name: getattr(settings, field.name)
+    for field in dataclasses.fields(settings)
+  }
+  fields["noise_multiplier"] = float(noise_multiplier)
+  return PrivacyPlan(num_examples=num_examples, **fields)
+
+
+def differences(recorded: dict[str, Any], current: dict[str, Any]) -> list[str]:
+  """Names each field in which two plans (as plain data) differ."""
+  return [
+    f"{name} was {recorded.get(name)!r} and is now {current.get(name)!r}"
+    for name in sorted({*recorded, *current})
+    if recorded.get(name) != current.get(name)
+  ]

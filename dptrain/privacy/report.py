@@ -1,0 +1,241 @@
+"""The privacy report: what is protected, how well, and what is not.
+
+Everything in it is computed from the ledger alone.
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import pathlib
+import textwrap
+from typing import Any
+
+from dptrain.privacy import accounting
+from dptrain.privacy import ledger as ledger_lib
+
+TEXT_FILE = "privacy_report.txt"
+JSON_FILE = "privacy_report.json"
+
+UNITS = {"record": "one record: one fixed-length token sequence of the corpus"}
+RELATION_TEXT = {
+  "zero_out": (
+    "zero-out: two corpora of the same public size that differ in one unit,"
+    " which one of them replaces by a unit that contributes nothing"
+  ),
+  "add_or_remove_one": "one unit is added or removed",
+}
+# True of every run, whatever its configuration.
+_ALWAYS_UNPROTECTED = (
+  "The number of records is treated as public.",
+  "Text that occurs in several records is protected once per record, not as a"
+  " whole.",
+  "Choices made by looking at results on this corpus (hyper-parameters, when to"
+  " stop) are not priced.",
+  "The secret seed in MODEL_DIR: whoever has it can subtract the noise. Never"
+  " publish it.",
+  "Noise is drawn in float32 by a counter-based generator with 64-bit keys:"
+  " attacks on floating-point rounding or on the generator are not covered.",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PrivacyReport:
+  """A privacy statement for one MODEL_DIR.
+
+  Attributes:
+    claim: whether a guarantee is claimed at all (not under a fixed seed).
+    plan: the plan, as recorded.
+    unit: the privacy unit in words.
+    relation: the neighbouring relation in words.
+    delta: of the guarantee.
+    epsilon: the bound for everything released, with its accountant.
+    epsilon_without_amplification: for comparison, every update priced as if it
+      had read every record.
+    num_releases: updates released, over all branches.
+    branches: per branch: name, parent, fork step, updates.
+    schedule: runs of equal releases: count, sampling_prob, noise_multiplier.
+    unprotected: what the guarantee does not cover.
+    versions: of the packages that computed this.
+  """
+
+  claim: bool
+  plan: dict[str, Any]
+  unit: str
+  relation: str
+  delta: float
+  epsilon: accounting.Epsilon
+  epsilon_without_amplification: float
+  num_releases: int
+  branches: list[dict[str, Any]]
+  schedule: list[dict[str, Any]]
+  unprotected: list[str]
+  versions: dict[str, str]
+
+  def as_json(self) -> str:
+    """The report as JSON text."""
+    data = dataclasses.asdict(self) | {"epsilon": self.epsilon.as_dict()}
+    return json.dumps(data, indent=2, sort_keys=True) + "\n"
+
+  def as_text(self) -> str:
+    """The report as text for people, lines of at most 80 columns."""
+    return "\n".join(
+      [
+        "Privacy report",
+        "==============",
+        "",
+        *_paragraph(self._statement()),
+        "",
+        *_table(self._facts()),
+        "",
+        "Released, over all branches",
+        *self._released(),
+        "",
+        "Not protected",
+        *(
+          line
+          for text in self.unprotected
+          for line in textwrap.wrap(
+            text, 78, initial_indent="  - ", subsequent_indent="    "
+          )
+        ),
+        "",
+        "Computed from the ledger by "
+        + ", ".join(f"{k} {v}" for k, v in self.versions.items()),
+        "",
+      ]
+    )
+
+  def _statement(self) -> str:
+    if not self.claim:
+      return (
+        "FIXED SEED: NO PRIVACY CLAIM. The noise of this run can be recomputed"
+        " by anyone. The figures below are what the same run with a secret seed"
+        " would claim."
+      )
+    return (
+      "The trained parameters, and every checkpoint of every branch, together"
+      f" are ({self.epsilon.value:.4g}, {self.delta:g})-differentially private."
+      f" Protected is {self.unit}."
+    )
+
+  def _facts(self) -> list[tuple[str, str]]:
+    eps, plan = self.epsilon, self.plan
+    budget = plan["target_epsilon"]
+    clipping = f"{plan['clipping']}, l2_clip_norm {plan['l2_clip_norm']:g}"
+    if plan["clipping"] == "automatic":
+      clipping = f"automatic, gamma {plan['automatic_gamma']:g}"
+    pld = f"{eps.pld:.4g}" if eps.pld is not None else eps.note
+    return [
+      ("privacy unit", self.unit),
+      ("neighbouring corpora", self.relation),
+      ("epsilon", f"{eps.value:.4g} ({eps.accountant}, {eps.settings})"),
+      ("delta", f"{self.delta:g}"),
+      ("epsilon by RDP / PLD", f"{eps.rdp:.4g} / {pld}"),
+      (
+        "without amplification",
+        f"{self.epsilon_without_amplification:.4g} (as if every update had read"
+        " every record)",
+      ),
+      ("budget", "none" if budget is None else f"epsilon {budget:g}"),
+      ("records", f"{plan['num_examples']:,}"),
+      (
+        "sampling",
+        f"{plan['sampling']}: each record independently, at each update",
+      ),
+      ("clipping", clipping),
+      ("noise multiplier", f"{plan['noise_multiplier']:g}"),
+    ]
+
+  def _released(self) -> list[str]:
+    lines = [
+      "  updates   sampling probability   expected batch   noise multiplier"
+    ]
+    for row in self.schedule:
+      size = row["sampling_prob"] * self.plan["num_examples"]
+      lines.append(
+        f"  {row['count']:7d}   {row['sampling_prob']:20.6g}   {size:14,.0f}  "
+        f" {row['noise_multiplier']:16.6g}"
+      )
+    lines.append(f"  {self.num_releases} updates in all")
+    if len(self.branches) > 1:
+      lines.append(f"  {len(self.branches)} branches, all priced:")
+    for row in self.branches if len(self.branches) > 1 else ():
+      parent = row["parent"][:12] or "the start"
+      lines.append(
+        f"    {row['name'][:12]} from {parent} after update {row['fork_step']}:"
+        f" {row['updates']} updates"
+      )
+    return lines
+
+
+def make_report(ledger: ledger_lib.Ledger) -> PrivacyReport:
+  """Computes the report of a ledger.
+
+  Raises:
+    LedgerError: the ledger has no header.
+  """
+  if not ledger.header:
+    raise ledger_lib.LedgerError(
+      f"{ledger.path} has no plan: nothing to report."
+    )
+  plan = ledger.header["plan"]
+  releases = ledger.releases()
+  return PrivacyReport(
+    claim=not ledger.fixed_seed,
+    plan=plan,
+    unit=UNITS[plan["unit"]],
+    relation=RELATION_TEXT[plan["relation"]],
+    delta=plan["delta"],
+    epsilon=accounting.epsilon(releases, plan["delta"], plan["relation"]),
+    epsilon_without_amplification=accounting.epsilon_without_amplification(
+      releases, plan["delta"]
+    ),
+    num_releases=sum(release.count for release in releases),
+    branches=[
+      {
+        "name": branch.name,
+        "parent": branch.parent,
+        "fork_step": branch.fork_step,
+        "updates": ledger.num_releases(branch.name),
+      }
+      for branch in ledger.branches
+    ],
+    schedule=[dataclasses.asdict(release) for release in releases],
+    unprotected=[*ledger.unprotected, *_ALWAYS_UNPROTECTED],
+    versions={
+      name: importlib.metadata.version(name)
+      for name in ("dptrain", "dp-accounting")
+    },
+  )
+
+
+def write_report(ledger: ledger_lib.Ledger, directory: pathlib.Path) -> None:
+  """Writes the report beside the checkpoints, as text and as JSON."""
+  report = make_report(ledger)
+  stamp = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+  for name, text in (
+    (TEXT_FILE, f"{report.as_text()}Written {stamp}\n"),
+    (JSON_FILE, report.as_json()),
+  ):
+    draft = directory / f".{name}.draft"
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(directory / name)
+
+
+def _paragraph(text: str) -> list[str]:
+  return textwrap.wrap(text, 80)
+
+
+def _table(rows: list[tuple[str, str]]) -> list[str]:
+  width = max(len(name) for name, _ in rows) + 2
+  return [
+    line
+    for name, value in rows
+    for line in textwrap.wrap(
+      value,
+      80,
+      initial_indent=f"{name:{width}}",
+      subsequent_indent=" " * width,
+    )
+  ]

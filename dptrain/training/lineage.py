@@ -1,0 +1,120 @@
+"""Digests of what decides a run's gradients: they name its branch.
+
+Two continuations of one checkpoint may share noise only if they make the very
+same updates (`dptrain.privacy.keys`). So the branch's name covers the plan, the
+data, the compiled programs (model, loss, clipping, optimizer and its learning
+rates), and dptrain's own code; all of it read from what will really run.
+"""
+
+from collections.abc import Mapping
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+from typing import Any
+
+import jax
+
+import dptrain
+from dptrain.training import step as step_lib
+
+
+def lineage(
+  *,
+  plan: Mapping[str, Any],
+  corpus: str,
+  vocabulary: str,
+  programs: str,
+) -> str:
+  """Digest of all that decides the updates, apart from their rounding.
+
+  Args:
+    plan: the privacy plan as plain data.
+    corpus: keyed fingerprint of the training records.
+    vocabulary: fingerprint of the vocabulary.
+    programs: `program_digest` of the step.
+
+  Returns:
+    64 hexadecimal digits.
+  """
+  parts = {
+    "plan": plan,
+    "corpus": corpus,
+    "vocabulary": vocabulary,
+    "programs": programs,
+    "code": _code_digest(),
+    # The stream of its generators is not promised to stay.
+    "numpy": importlib.metadata.version("numpy"),
+  }
+  return _digest(json.dumps(parts, sort_keys=True))
+
+
+def environment(physical_batch_size: int) -> str:
+  """Digest of what may change the rounding of an update, but not its meaning.
+
+  Args:
+    physical_batch_size: rows summed at once.
+  """
+  parts = {
+    "physical_batch_size": physical_batch_size,
+    "devices": [device.device_kind for device in jax.devices()],
+    "processes": jax.process_count(),
+    "machine": [platform.machine(), os.cpu_count()],
+    "flags": os.environ.get("XLA_FLAGS", ""),
+    "versions": [importlib.metadata.version(p) for p in ("jax", "jaxlib")],
+  }
+  return _digest(json.dumps(parts, sort_keys=True))
+
+
+def program_digest(
+  step: step_lib.PrivateStep, params: Any, opt_state: Any, batch: Any
+) -> str:
+  """Digest of the step's programs, for one example on one device.
+
+  Args:
+    step: the private step.
+    params: parameters or their shapes.
+    opt_state: the optimizer's state or its shapes.
+    batch: a physical batch or its shapes; only one row of it is used.
+
+  Returns:
+    64 hexadecimal digits; equal for equal programs, whatever the mesh or the
+    physical batch size.
+  """
+  one = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), batch
+  )
+  key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
+  scalar = jax.ShapeDtypeStruct((), "float32")
+  accumulator = jax.eval_shape(step.zeros, params, one)
+  accumulate = jax.jit(step.accumulate).trace(params, accumulator, one, key)
+  finish = jax.jit(step.finish).trace(
+    params,
+    opt_state,
+    accumulator,
+    noise_key=key,
+    noise_multiplier=scalar,
+    expected_batch_size=scalar,
+  )
+  texts = [
+    traced.lower(lowering_platforms=("cpu",)).as_text()
+    for traced in (accumulate, finish)
+  ]
+  return _digest("\n".join(texts))
+
+
+@functools.cache
+def _code_digest() -> str:
+  root = pathlib.Path(dptrain.__file__).parent
+  digest = hashlib.sha256()
+  for path in sorted(root.rglob("*.py")):
+    digest.update(f"{path.relative_to(root)}\n".encode())
+    digest.update(path.read_bytes())
+  return digest.hexdigest()
+
+
+def _digest(text: str) -> str:
+  return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,210 @@
+"""From settings to everything that a loop needs; every refusal happens here.
+
+Nothing in this file trains: bad input is told before compute, privacy budget or
+a change to MODEL_DIR is spent on it.
+"""
+
+import pathlib
+import shutil
+from typing import Any, NamedTuple
+
+import jax
+
+from dptrain.clipping import rules
+from dptrain.data import batches
+from dptrain.data import corpus
+from dptrain.data import store as store_lib
+from dptrain.data import vocabulary as vocabulary_lib
+from dptrain.privacy import keys as keys_lib
+from dptrain.privacy import ledger as ledger_lib
+from dptrain.privacy import plan as plan_lib
+from dptrain.training import evaluation as evaluation_lib
+from dptrain.training import lineage as lineage_lib
+from dptrain.training import numerics
+from dptrain.training import objective as objective_lib
+from dptrain.training import run as run_lib
+from dptrain.training import step as step_lib
+
+VOCABULARY_FILE = "vocabulary.model"
+
+
+class Preparation(NamedTuple):
+  """What a loop needs.
+
+  Attributes:
+    plan: the privacy plan; sampler, noise and accountant read it.
+    seed: where all keys come from.
+    store: the training records. PRIVATE.
+    evaluator: the validation split under fixed masks; None without one.
+    objective: masking and model.
+    step: the private step.
+    batch: shapes of a physical batch.
+    lineage: digest of what decides the gradients.
+    environment: digest of what may change their rounding.
+  """
+
+  plan: plan_lib.PrivacyPlan
+  seed: keys_lib.SecretSeed
+  store: store_lib.RecordStore
+  evaluator: evaluation_lib.Evaluator | None
+  objective: objective_lib.Objective
+  step: step_lib.PrivateStep
+  batch: dict[str, jax.ShapeDtypeStruct]
+  lineage: str
+  environment: str
+
+  def initial_state(self) -> dict[str, Any]:
+    """Fresh parameters and optimizer state; the same at every start."""
+    key = self.seed.key("initial parameters", branch="")
+    params = self.objective.model.init(key)
+    return {"params": params, "opt_state": self.step.optimizer.init(params)}
+
+
+def prepare(
+  run: run_lib.TrainingRun,
+  directory: pathlib.Path,
+  ledger: ledger_lib.Ledger,
+) -> Preparation:
+  """Reads the corpus, makes the plan and checks everything.
+
+  Args:
+    run: the user's settings.
+    directory: MODEL_DIR, which exists.
+    ledger: its ledger, open for writing.
+
+  Returns:
+    What the loop needs; the ledger has its header.
+
+  Raises:
+    ValueError: bad input; names the setting, its value and the way out.
+  """
+  numerics.check_sums()
+  seed = (
+    keys_lib.load_or_create(directory)
+    if run.fixed_seed is None
+    else keys_lib.fixed_seed(run.fixed_seed)
+  )
+  vocabulary = _vocabulary(run, directory)
+  run.model.check(run.sequence_length, vocabulary.size)
+  store = _read_store(run, vocabulary, run.train_split)
+  batches.check_physical_batch(store.num_examples, run.physical_batch_size)
+  recorded = ledger.header.get("plan", {})
+  plan = plan_lib.make_plan(
+    run.privacy,
+    store.num_examples,
+    calibrated_noise=recorded.get("noise_multiplier"),
+  )
+  validation = (
+    _read_store(run, vocabulary, run.validation_split)
+    if run.validation_split
+    else None
+  )
+  corpus_fingerprint = seed.fingerprint(store.content_digest())
+  ledger.start(
+    plan,
+    corpus=corpus_fingerprint,
+    seed=seed.digest("identity").hex(),
+    fixed_seed=seed.fixed,
+  )
+  _declare_unprotected(run, ledger, validation)
+  objective = objective_lib.Objective(run.model, run.masking)
+  step = step_lib.PrivateStep(
+    loss_fn=objective.losses,
+    rule=rules.ClippingRule(
+      plan.clipping, plan.l2_clip_norm, plan.automatic_gamma
+    ),
+    optimizer=run.optimizer,
+    collect_statistics=run.unprotected_training_metrics,
+  )
+  batch = _batch_shapes(run)
+  params = jax.eval_shape(objective.model.init, seed.key("shapes", branch=""))
+  return Preparation(
+    plan=plan,
+    seed=seed,
+    store=store,
+    evaluator=evaluation_lib.Evaluator(objective, validation, run.evaluation)
+    if validation is not None
+    else None,
+    objective=objective,
+    step=step,
+    batch=batch,
+    lineage=lineage_lib.lineage(
+      plan=plan.as_dict(),
+      corpus=corpus_fingerprint,
+      vocabulary=vocabulary.fingerprint,
+      programs=lineage_lib.program_digest(
+        step, params, jax.eval_shape(run.optimizer.init, params), batch
+      ),
+    ),
+    environment=lineage_lib.environment(run.physical_batch_size),
+  )
+
+
+def _vocabulary(
+  run: run_lib.TrainingRun, directory: pathlib.Path
+) -> vocabulary_lib.Vocabulary:
+  """The run's vocabulary: MODEL_DIR's own, a given one, or a new one."""
+  kept = directory / VOCABULARY_FILE
+  given = run.vocabulary.path
+  if given is not None:
+    vocabulary = vocabulary_lib.load_vocabulary(given)
+    if not kept.exists():
+      shutil.copyfile(given, kept)
+    elif (
+      vocabulary_lib.load_vocabulary(kept).fingerprint != vocabulary.fingerprint
+    ):
+      raise ValueError(
+        f"VocabularySettings.path={given!r} is not the vocabulary that"
+        f" {directory} was started with ({kept}): use that one, or start in a"
+        " new MODEL_DIR."
+      )
+    return vocabulary
+  if kept.exists():
+    return vocabulary_lib.load_vocabulary(kept)
+  documents = corpus.read_documents(run.task, run.train_split)
+  return vocabulary_lib.train_vocabulary(
+    (document.text for document in documents), run.vocabulary, kept
+  )
+
+
+def _read_store(
+  run: run_lib.TrainingRun, vocabulary: vocabulary_lib.Vocabulary, split: str
+) -> store_lib.RecordStore:
+  documents = corpus.read_documents(run.task, split)
+  return store_lib.build_store(documents, vocabulary, run.sequence_length)
+
+
+def _batch_shapes(run: run_lib.TrainingRun) -> dict[str, jax.ShapeDtypeStruct]:
+  size = run.physical_batch_size
+  return {
+    "tokens": jax.ShapeDtypeStruct((size, run.sequence_length), "int32"),
+    "example_ids": jax.ShapeDtypeStruct((size,), "int32"),
+    "is_padding": jax.ShapeDtypeStruct((size,), "bool"),
+  }
+
+
+def _declare_unprotected(
+  run: run_lib.TrainingRun,
+  ledger: ledger_lib.Ledger,
+  validation: store_lib.RecordStore | None,
+) -> None:
+  if run.vocabulary.path is None:
+    ledger.declare_unprotected(
+      "The vocabulary was learned from the training text without noise: its"
+      " pieces may reveal words of the corpus."
+    )
+  else:
+    ledger.declare_unprotected(
+      "The vocabulary was given; if it was learned from this corpus, its pieces"
+      " may reveal words of it."
+    )
+  if validation is not None:
+    ledger.declare_unprotected(
+      "The validation records: accuracy and loss on them are published exactly."
+    )
+  if run.unprotected_training_metrics:
+    ledger.declare_unprotected(
+      "Training metrics (loss, accuracy, realised batch size, clip fraction,"
+      " gradient SNR) are logged without noise, because"
+      " unprotected_training_metrics is on."
+    )

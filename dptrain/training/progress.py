@@ -1,0 +1,98 @@
+"""What a person sees of a run: a bar, TensorBoard, a summary."""
+
+from collections.abc import Mapping
+import pathlib
+import sys
+from typing import Any
+
+import tqdm
+
+from dptrain.training import run as run_lib
+
+
+class Progress:
+  """A progress bar and TensorBoard curves.
+
+  Only public figures by default: examples are *expected* examples, since the
+  realised batch sizes are private.
+  """
+
+  def __init__(self, directory: pathlib.Path, total_steps: int, start: int):
+    self._bar = tqdm.tqdm(
+      total=total_steps,
+      initial=start,
+      unit="update",
+      # A log file gets a line now and then instead of a moving bar.
+      mininterval=0.5 if sys.stderr.isatty() else 15,
+      dynamic_ncols=True,
+      smoothing=0.1,
+    )
+    self._directory = directory
+    self._writer: Any = None
+    self._shown: dict[str, str] = {}
+    self._expected_examples = 0
+
+  def close(self) -> None:
+    """Ends the bar and flushes the curves."""
+    self._bar.close()
+    if self._writer is not None:
+      self._writer.close()
+
+  def say(self, text: str) -> None:
+    """Prints a line above the bar."""
+    tqdm.tqdm.write(text, file=sys.stderr)
+
+  def advance(self, expected_batch_size: int) -> None:
+    """One update was made."""
+    self._expected_examples += expected_batch_size
+    self._bar.update()
+    seconds = self._bar.format_dict["elapsed"]
+    if seconds:
+      self._shown["examples/s"] = f"{self._expected_examples / seconds:.0f}"
+    self._bar.set_postfix(self._shown, refresh=False)
+
+  def show(self, **values: str) -> None:
+    """Puts figures beside the bar, until they are replaced."""
+    self._shown.update(values)
+    self._bar.set_postfix(self._shown, refresh=False)
+
+  def curves(self, step: int, values: Mapping[str, float]) -> None:
+    """Writes TensorBoard points."""
+    if self._writer is None:
+      # TensorFlow takes seconds to import: only who logs pays.
+      from dptrain.data.seqio_import import import_tensorflow
+
+      import_tensorflow()
+      from clu import metric_writers
+
+      self._writer = metric_writers.SummaryWriter(
+        str(self._directory / "tensorboard")
+      )
+    self._writer.write_scalars(step, dict(values))
+    self._writer.flush()
+
+
+def summary(
+  result: run_lib.TrainingResult, directory: pathlib.Path, claim: bool
+) -> str:
+  """The last words of a run, for people."""
+  lines = [
+    f"updates                {result.step:,}"
+    + (f" (stopped: {result.stopped})" if result.stopped else ""),
+    f"examples seen          {result.expected_examples:,} (expected; the exact"
+    " number is private)",
+  ]
+  if result.accuracy is not None and result.baseline_accuracy is not None:
+    lines.append(
+      f"validation MLM accuracy {100 * result.accuracy:.2f} %   (always"
+      " guessing the most frequent token:"
+      f" {100 * result.baseline_accuracy:.2f} %)"
+    )
+  claimed = "" if claim else "   FIXED SEED: NO PRIVACY CLAIM"
+  lines += [
+    f"privacy                epsilon {result.epsilon:.4g}, delta"
+    f" {result.delta:g}{claimed}",
+    f"model                  {directory / 'checkpoints'}",
+    f"privacy report         {directory / 'privacy_report.txt'}",
+  ]
+  return "\n".join(lines)

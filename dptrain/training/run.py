@@ -1,0 +1,100 @@
+"""A training run's settings: what a gin file binds."""
+
+import dataclasses
+
+import optax
+
+from dptrain.data import masking as masking_lib
+from dptrain.data import vocabulary as vocabulary_lib
+from dptrain.models import masked_lm
+from dptrain.privacy import plan as plan_lib
+from dptrain.training import checkpoints as checkpoints_lib
+from dptrain.training import evaluation as evaluation_lib
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingRun:
+  """Everything that a user decides about one run.
+
+  Attributes:
+    model_dir: where checkpoints, ledger, report and vocabulary go. Its secret
+      seed must never be published.
+    task: seqio task or mixture of raw documents (feature "text").
+    model: encoder and objective.
+    privacy: batch schedule, clipping, noise, budget.
+    optimizer: any optax transformation.
+    sequence_length: T, tokens of one record; a record is the privacy unit.
+    physical_batch_size: records whose gradients are in memory at once; changes
+      speed and memory, never the result.
+    vocabulary: how the vocabulary is trained, or where it is.
+    masking: what is masked.
+    checkpoints: when to save.
+    evaluation: when to evaluate on the validation split.
+    train_split: name of the task's split to train on.
+    validation_split: name of the split to evaluate on; None for none.
+    log_period: updates between lines of progress and TensorBoard points.
+    unprotected_training_metrics: also log loss, accuracy, realised batch size,
+      clip fraction and gradient SNR of the private examples. They are outside
+      the guarantee and the report says so.
+    fixed_seed: a seed known to everyone, for tests: no privacy claim.
+  """
+
+  model_dir: str
+  task: str
+  model: masked_lm.MaskedLanguageModel
+  privacy: plan_lib.PrivacySettings
+  optimizer: optax.GradientTransformation
+  sequence_length: int
+  physical_batch_size: int
+  vocabulary: vocabulary_lib.VocabularySettings = dataclasses.field(
+    default_factory=vocabulary_lib.VocabularySettings
+  )
+  masking: masking_lib.MaskingSettings = dataclasses.field(
+    default_factory=masking_lib.MaskingSettings
+  )
+  checkpoints: checkpoints_lib.CheckpointSettings = dataclasses.field(
+    default_factory=checkpoints_lib.CheckpointSettings
+  )
+  evaluation: evaluation_lib.EvaluationSettings = dataclasses.field(
+    default_factory=evaluation_lib.EvaluationSettings
+  )
+  train_split: str = "train"
+  validation_split: str | None = "validation"
+  log_period: int = 10
+  unprotected_training_metrics: bool = False
+  fixed_seed: int | None = None
+
+  def __post_init__(self) -> None:
+    if not self.model_dir:
+      raise ValueError(
+        "TrainingRun.model_dir is empty: set MODEL_DIR to a folder for the"
+        " checkpoints, for example --gin.MODEL_DIR=\"'runs/first'\"."
+      )
+    for name in ("physical_batch_size", "log_period", "sequence_length"):
+      value = getattr(self, name)
+      if value < 1:
+        raise ValueError(f"TrainingRun.{name}={value} must be >= 1.")
+    self.model.check(self.sequence_length, self.model.bert.vocab_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingResult:
+  """How a run ended.
+
+  Attributes:
+    step: updates made.
+    stopped: why it ended before the plan's last update; empty if it did not.
+    epsilon: of everything released from this MODEL_DIR.
+    delta: of the guarantee.
+    accuracy: on the validation split; None without one.
+    baseline_accuracy: of always guessing the most frequent token.
+    expected_examples: sum of expected batch sizes: public.
+  """
+
+  step: int
+  stopped: str
+  epsilon: float
+  delta: float
+  accuracy: float | None
+  baseline_accuracy: float | None
+  expected_examples: int

@@ -1,0 +1,102 @@
+"""Registers a seqio task of raw documents.
+
+A corpus is a function from a split's name to (source, text) pairs; this module
+turns it into a seqio task whose examples hold the scalar string features "text"
+and "source", which `dptrain.data.corpus.read_documents` reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+import hashlib
+from typing import Any, Final
+
+from dptrain.data.seqio_import import import_seqio
+from dptrain.data.seqio_import import import_tensorflow
+
+TRAIN: Final = "train"
+VALIDATION: Final = "validation"
+
+
+def add_task(
+  name: str,
+  documents: Callable[[str], Iterable[tuple[str, str]]],
+  splits: Sequence[str] = (TRAIN, VALIDATION),
+) -> str:
+  """Adds a task of raw documents to seqio's registry.
+
+  A task already registered under the name is replaced.
+
+  Args:
+    name: the task's name: letters, digits, "_", ".", ":" and "#".
+    documents: called with a split's name when a dataset of it is opened;
+      returns (source, text) pairs that can be iterated over more than once.
+      What the call raises reaches the reader unchanged.
+    splits: the names of the splits.
+
+  Returns:
+    `name`.
+  """
+  seqio, tensorflow = import_seqio(), import_tensorflow()
+
+  def dataset(split: str, shuffle_files: bool = False) -> Any:
+    del shuffle_files  # One stream: there are no shards to shuffle.
+    pairs = documents(split)
+    scalar = tensorflow.TensorSpec((), tensorflow.string)
+    return tensorflow.data.Dataset.from_generator(
+      lambda: _examples(pairs),
+      output_signature={"text": scalar, "source": scalar},
+    )
+
+  string = seqio.Feature(
+    vocabulary=seqio.PassThroughVocabulary(size=0),
+    add_eos=False,
+    dtype=tensorflow.string,
+    rank=0,
+  )
+  seqio.TaskRegistry.remove(name)
+  seqio.TaskRegistry.add(
+    name,
+    source=seqio.FunctionDataSource(dataset, splits=splits),
+    preprocessors=[],
+    output_features={"text": string, "source": string},
+  )
+  return name
+
+
+def is_registered(name: str) -> bool:
+  """Tells whether seqio's registry holds a task.
+
+  Args:
+    name: the task's name.
+
+  Returns:
+    True if it does.
+  """
+  return name in import_seqio().TaskRegistry.names()
+
+
+def stable_fraction(key: str) -> float:
+  """Maps a string to [0, 1) uniformly, the same on every machine and run.
+
+  Args:
+    key: any string.
+
+  Returns:
+    The first 53 bits of the key's SHA-256 as a fraction.
+
+  >>> stable_fraction("argparse") == stable_fraction("argparse")
+  True
+  """
+  digest = hashlib.sha256(key.encode("utf-8", errors="replace")).digest()
+  return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
+
+
+def _examples(pairs: Iterable[tuple[str, str]]) -> Iterator[dict[str, bytes]]:
+  """Turns (source, text) pairs into seqio examples."""
+  for source, text in pairs:
+    # Python strings may hold lone surrogates, which UTF-8 cannot.
+    yield {
+      "text": text.encode("utf-8", errors="replace"),
+      "source": source.encode("utf-8", errors="replace"),
+    }

@@ -1,0 +1,220 @@
+"""The user's own text files, found by globs, as a seqio task.
+
+Files are cut into passages at line ends; each passage is a document. No Python
+is needed: a gin file binds `register`'s arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+import dataclasses
+import glob
+import hashlib
+import os
+import re
+from typing import Final
+
+from dptrain.tasks import raw_text
+
+_WILDCARD: Final = re.compile(r"[*?\[]")
+_ERROR_HANDLERS: Final = ("strict", "replace", "ignore")
+_BYTE_ORDER_MARK: Final = "\ufeff"
+
+
+def register(
+  files: str | Sequence[str],
+  *,
+  validation_fraction: float = 0.05,
+  passage_chars: int = 20_000,
+  encoding_errors: str = "strict",
+) -> str:
+  """Registers text files as a seqio task, after reading them through once.
+
+  The validation split takes each passage whose stable hash of (path below the
+  glob's fixed part, passage number) is under `validation_fraction`, and at
+  least one passage; a single big file is thus divided as well. Registering the
+  same arguments again looks at the files anew and replaces the task.
+
+  Args:
+    files: one glob or several; "**" stands for any depth of folders and "~" for
+      the home folder. Plain paths are globs too.
+    validation_fraction: share of the passages in the validation split, in
+      [0, 1). At 0 the task has no validation split.
+    passage_chars: the longest passage in characters. A passage ends at a line's
+      end, unless the line itself is longer: then it is cut there.
+    encoding_errors: "strict" refuses bytes that are not UTF-8; "replace" reads
+      them as U+FFFD; "ignore" skips them.
+
+  Returns:
+    The task's name, a function of the arguments.
+
+  Raises:
+    ValueError: if an argument is out of range, if a file is not UTF-8, or if
+      the files hold no text or too few passages to fill both splits.
+    FileNotFoundError: if a glob matches no file.
+  """
+  corpus = _TextFiles(
+    globs=_absolute_globs(files),
+    validation_fraction=validation_fraction,
+    passage_chars=passage_chars,
+    encoding_errors=encoding_errors,
+  )
+  found = tuple(_find_files(corpus.globs))
+  lowest = _survey(corpus, found)
+  splits = (raw_text.TRAIN, raw_text.VALIDATION)
+  return raw_text.add_task(
+    f"dptrain_text_files_{corpus.digest()}",
+    lambda split: _Passages(corpus, found, lowest, split),
+    splits if validation_fraction else splits[:1],
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _TextFiles:
+  """`register`'s arguments, the globs made absolute."""
+
+  globs: tuple[str, ...]
+  validation_fraction: float
+  passage_chars: int
+  encoding_errors: str
+
+  def __post_init__(self) -> None:
+    if not 0 <= self.validation_fraction < 1:
+      raise ValueError(
+        f"validation_fraction={self.validation_fraction} must be at least 0 "
+        "and below 1"
+      )
+    if self.passage_chars < 1:
+      raise ValueError(
+        f"passage_chars={self.passage_chars} must be at least 1; the default "
+        "is 20000"
+      )
+    if self.encoding_errors not in _ERROR_HANDLERS:
+      raise ValueError(
+        f"encoding_errors={self.encoding_errors!r} must be one of "
+        f"{', '.join(map(repr, _ERROR_HANDLERS))}"
+      )
+
+  def digest(self) -> str:
+    """Names the arguments in ten hexadecimal digits."""
+    return hashlib.sha256(repr(self).encode()).hexdigest()[:10]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Passages:
+  """One split's (source, passage) pairs; reads the files at each iteration."""
+
+  corpus: _TextFiles
+  found: tuple[tuple[str, str], ...]
+  lowest: float
+  split: str
+
+  def __iter__(self) -> Iterator[tuple[str, str]]:
+    wanted = self.split == raw_text.VALIDATION
+    for source, fraction, text in _passages(self.corpus, self.found):
+      if _is_validation(self.corpus, fraction, self.lowest) == wanted:
+        yield source, text
+
+
+def _is_validation(corpus: _TextFiles, fraction: float, lowest: float) -> bool:
+  """Tells whether a passage with this hash belongs to validation."""
+  # The lowest hash always does, so that a small corpus has a validation split.
+  return corpus.validation_fraction > 0 and (
+    fraction <= max(lowest, corpus.validation_fraction)
+  )
+
+
+def _survey(corpus: _TextFiles, found: tuple[tuple[str, str], ...]) -> float:
+  """Reads everything once for its errors; returns the lowest passage hash."""
+  fractions = [fraction for _, fraction, _ in _passages(corpus, found)]
+  if not fractions:
+    raise ValueError(
+      f"the {len(found)} files that match {', '.join(corpus.globs)} hold no "
+      "text; give files with text in them"
+    )
+  lowest = min(fractions)
+  if all(_is_validation(corpus, each, lowest) for each in fractions):
+    raise ValueError(
+      f"{len(fractions)} passage(s) in {', '.join(corpus.globs)} leave the "
+      f"train split empty at validation_fraction={corpus.validation_fraction}, "
+      f"passage_chars={corpus.passage_chars}; lower passage_chars, or set "
+      "validation_fraction=0 to train without validation"
+    )
+  return lowest
+
+
+def _absolute_globs(files: str | Sequence[str]) -> tuple[str, ...]:
+  """Expands "~" and makes globs absolute."""
+  globs = (files,) if isinstance(files, str) else tuple(files)
+  if not globs or not all(globs):
+    raise ValueError(
+      f"files={files!r} names no file; give a glob such as 'corpus/**/*.txt'"
+    )
+  return tuple(os.path.abspath(os.path.expanduser(each)) for each in globs)
+
+
+def _find_files(globs: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+  """Yields (path, path below the glob's fixed part), each file once, sorted."""
+  keys: dict[str, str] = {}
+  for pattern in globs:
+    # A file's name may itself contain a bracket.
+    literal = os.path.isfile(pattern)
+    matches = [pattern] if literal else glob.glob(pattern, recursive=True)
+    paths = [path for path in matches if os.path.isfile(path)]
+    if not paths:
+      hint = " (a folder: append '/**/*.txt')" if os.path.isdir(pattern) else ""
+      raise FileNotFoundError(f"no file matches {pattern!r}{hint}")
+    wildcard = None if literal else _WILDCARD.search(pattern)
+    fixed = pattern[: wildcard.start()] if wildcard else pattern
+    root = os.path.dirname(fixed)
+    for path in paths:
+      # Two globs, or a link, may lead to one file; it must count once.
+      key = os.path.relpath(path, root).replace(os.sep, "/")
+      keys.setdefault(os.path.realpath(path), key)
+  yield from sorted(keys.items())
+
+
+def _passages(
+  corpus: _TextFiles, found: tuple[tuple[str, str], ...]
+) -> Iterator[tuple[str, float, str]]:
+  """Yields (source, hash in [0, 1), passage) for every passage with text."""
+  for path, key in found:
+    for number, text in enumerate(_cut(_lines(corpus, path), corpus)):
+      if text.strip():
+        source = f"{key}:{number}"
+        yield source, raw_text.stable_fraction(source), text
+
+
+def _cut(lines: Iterator[str], corpus: _TextFiles) -> Iterator[str]:
+  """Gathers lines into passages of at most `passage_chars` characters."""
+  limit = corpus.passage_chars
+  held: list[str] = []
+  length = 0
+  for line in lines:
+    if held and length + len(line) > limit:
+      yield "".join(held)
+      held, length = [], 0
+    while len(line) > limit:
+      yield line[:limit]
+      line = line[limit:]
+    held.append(line)
+    length += len(line)
+  if held:
+    yield "".join(held)
+
+
+def _lines(corpus: _TextFiles, path: str) -> Iterator[str]:
+  """Decodes a file line by line, so that its size does not matter."""
+  offset = 0
+  with open(path, "rb") as file:
+    for raw in file:
+      try:
+        line = raw.decode("utf-8", errors=corpus.encoding_errors)
+      except UnicodeDecodeError as error:
+        raise ValueError(
+          f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset "
+          f"{offset + error.start}; convert the file, or set "
+          "encoding_errors='replace'"
+        ) from error
+      yield line if offset else line.removeprefix(_BYTE_ORDER_MARK)
+      offset += len(raw)

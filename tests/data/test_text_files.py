@@ -1,0 +1,170 @@
+"""Text files: found, cut, divided and checked (seqio itself stays out)."""
+
+import os
+import re
+from unittest import mock
+
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+import pytest
+
+from dptrain.tasks import raw_text
+from dptrain.tasks import text_files
+
+
+def register(files, **arguments):
+  """Registers without seqio; returns (name, {split: [(source, text)]})."""
+  with mock.patch.object(raw_text, "add_task") as add_task:
+    text_files.register(files, **arguments)
+  name, documents, splits = add_task.call_args.args
+  return name, {split: list(documents(split)) for split in splits}
+
+
+def write(folder, files):
+  for name, text in files.items():
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+  text=st.text(st.sampled_from("ab\n é"), max_size=80),
+  passage_chars=st.integers(1, 12),
+)
+def test_passages_cover_the_file_and_end_at_lines(
+  tmp_path_factory, text, passage_chars
+):
+  path = tmp_path_factory.mktemp("text") / "one.txt"
+  path.write_text("x\n" + text, encoding="utf-8", newline="")
+  _, found = register(
+    str(path), passage_chars=passage_chars, validation_fraction=0
+  )
+  passages = [passage for _, passage in found["train"]]
+  assert all(0 < len(each) <= passage_chars for each in passages)
+  # Blank passages are left out; nothing else is.
+  squeezed = re.sub(r"\s", "", "".join(passages))
+  assert squeezed == re.sub(r"\s", "", "x\n" + text)
+  for line in text.split("\n")[:-1]:
+    if len(line) < passage_chars and line.strip():
+      assert any(line in each for each in passages)
+
+
+def test_long_lines_are_cut_hard(tmp_path):
+  write(tmp_path, {"a.txt": "ab\ncd\nefghijkl\nm\n"})
+  _, found = register(
+    str(tmp_path / "a.txt"), passage_chars=6, validation_fraction=0
+  )
+  assert found["train"] == [
+    ("a.txt:0", "ab\ncd\n"),
+    ("a.txt:1", "efghij"),
+    ("a.txt:2", "kl\nm\n"),
+  ]
+
+
+def test_splits_are_disjoint_complete_and_stable(tmp_path):
+  lines = [f"line number {i}\n" for i in range(4000)]
+  write(tmp_path / "here", {"big.txt": "".join(lines)})
+  write(tmp_path / "moved", {"big.txt": "".join(lines)})
+  arguments = {"passage_chars": 20, "validation_fraction": 0.1}
+  _, found = register(str(tmp_path / "here" / "*.txt"), **arguments)
+  sources = {split: {s for s, _ in found[split]} for split in found}
+  assert not sources["train"] & sources["validation"]
+  assert sorted(t for each in found.values() for _, t in each) == sorted(lines)
+  assert 320 < len(found["validation"]) < 480
+  _, moved = register(str(tmp_path / "moved" / "*.txt"), **arguments)
+  assert moved == found
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_a_small_corpus_has_both_splits(tmp_path, count):
+  write(tmp_path, {f"{i}.txt": f"text {i}" for i in range(count)})
+  _, found = register(str(tmp_path / "*.txt"), validation_fraction=1e-6)
+  assert len(found["validation"]) == 1
+  assert len(found["train"]) == count - 1
+
+
+def test_globs(tmp_path, monkeypatch):
+  write(
+    tmp_path,
+    {"a.txt": "a", "deep/er/b.txt": "b", "deep/[c].txt": "c", "d.md": "d"},
+  )
+  os.symlink(tmp_path / "a.txt", tmp_path / "link.txt")
+  monkeypatch.setenv("HOME", str(tmp_path))
+  monkeypatch.chdir(tmp_path / "deep")
+
+  def texts(files):
+    _, found = register(files, validation_fraction=0)
+    return sorted(text for _, text in found["train"])
+
+  assert texts("~/**/*.txt") == ["a", "b", "c"]
+  assert texts("[c].txt") == ["c"]
+  assert texts(["er/*.txt", "../*.md", "../d.md"]) == ["b", "d"]
+
+
+def test_names_follow_the_arguments(tmp_path):
+  write(tmp_path, {"a.txt": "a\nb\n", "b.txt": "c\n"})
+  files = str(tmp_path / "*.txt")
+  name, _ = register(files)
+  assert re.fullmatch(r"dptrain_text_files_[0-9a-f]{10}", name)
+  assert register([files])[0] == name
+  others = [
+    register(str(tmp_path / "a*"), passage_chars=2)[0],
+    register(files, passage_chars=3)[0],
+    register(files, validation_fraction=0.5)[0],
+    register(files, encoding_errors="replace")[0],
+  ]
+  assert len({name, *others}) == 5
+
+
+def test_bytes_that_are_not_utf8(tmp_path):
+  write(tmp_path, {"good.txt": "good\n", "bad.txt": b"fine \xc3\xa9\nb\xe9d\n"})
+  files = str(tmp_path / "*.txt")
+  with pytest.raises(
+    ValueError,
+    match=r"bad\.txt is not UTF-8: byte 0xe9 at offset 9.*'replace'",
+  ):
+    register(files)
+  _, found = register(files, encoding_errors="replace", validation_fraction=0)
+  assert found["train"][0] == ("bad.txt:0", "fine é\nb\ufffdd\n")
+
+
+def test_byte_order_mark_is_dropped(tmp_path):
+  write(tmp_path, {"a.txt": b"\xef\xbb\xbfword\n"})
+  _, found = register(str(tmp_path / "a.txt"), validation_fraction=0)
+  assert found["train"] == [("a.txt:0", "word\n")]
+
+
+def test_missing_files_are_named(tmp_path):
+  write(tmp_path, {"a.txt": "a"})
+  with pytest.raises(FileNotFoundError, match=r"no file matches '.*\*\.md'"):
+    register([str(tmp_path / "a.txt"), str(tmp_path / "*.md")])
+  with pytest.raises(FileNotFoundError, match=r"a folder: append '/\*\*"):
+    register(str(tmp_path))
+
+
+def test_corpora_that_cannot_serve(tmp_path):
+  write(tmp_path, {"blank.txt": " \n\n", "none.txt": "", "one.md": "one"})
+  with pytest.raises(ValueError, match=r"2 files .* hold no text"):
+    register(str(tmp_path / "*.txt"))
+  with pytest.raises(
+    ValueError, match=r"train split empty.*passage_chars=20000"
+  ):
+    register(str(tmp_path / "*.md"))
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ({"files": []}, r"files=\[\] names no file"),
+    ({"files": ""}, "files='' names no file"),
+    ({"validation_fraction": 1.0}, r"validation_fraction=1\.0"),
+    ({"validation_fraction": -0.1}, r"validation_fraction=-0\.1"),
+    ({"passage_chars": 0}, "passage_chars=0"),
+    ({"encoding_errors": "lenient"}, "encoding_errors='lenient'"),
+  ],
+)
+def test_arguments_out_of_range(arguments, message):
+  with pytest.raises(ValueError, match=message):
+    register(**{"files": "*.txt", **arguments})

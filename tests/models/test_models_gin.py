@@ -1,0 +1,82 @@
+import pathlib
+import re
+
+import jax
+import pytest
+
+from dptrain.models import bert
+from dptrain.models import masked_lm
+import gin
+
+GIN = pathlib.Path(__file__).parents[2] / "gin" / "models"
+SHAPES = {  # layers, width, heads: arXiv 2501.18914
+  "tiny": (2, 128, 2),
+  "mini": (4, 256, 4),
+  "small": (4, 512, 8),
+  "base": (12, 768, 12),
+  "large": (24, 1024, 16),
+}
+
+
+@pytest.fixture(autouse=True)
+def _clean_gin():
+  gin.clear_config()
+  yield
+  gin.clear_config()
+
+
+def load(name, vocabulary=30522):
+  gin.parse_config_files_and_bindings(
+    [str(GIN / f"bert_{name}.gin")],
+    [
+      f"VOCABULARY_SIZE = {vocabulary}",
+    ],
+  )
+  return gin.get_configurable(masked_lm.MaskedLanguageModel)()
+
+
+def test_every_file_is_tested():
+  assert {f.name for f in GIN.glob("*.gin")} == {
+    f"bert_{name}.gin" for name in SHAPES
+  }
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_builds_the_stated_model_with_the_stated_count(name):
+  model = load(name)
+  assert type(model) is masked_lm.MaskedLanguageModel
+  assert isinstance(model.bert, bert.Bert)
+  layers, width, heads = SHAPES[name]
+  encoder = model.bert
+  assert (encoder.num_layers, encoder.width) == (layers, width)
+  assert (encoder.num_heads, encoder.head_size) == (heads, 64)
+  model.check(512, 30522)
+
+  text = (GIN / f"bert_{name}.gin").read_text()
+  stated, per_entry = (
+    int(x.replace(",", ""))
+    for x in re.search(
+      r"# ([\d,]+) parameters at VOCABULARY_SIZE = 30522;.*"
+      r"\n.* counts ([\d,]+)\.",
+      text,
+    ).groups()
+  )
+  key = jax.random.key(0, impl="threefry2x32")
+  params = jax.eval_shape(model.init, key)
+  assert masked_lm.num_parameters(params) == stated
+  assert per_entry == width + 1
+
+
+def test_the_model_macro_is_the_model():
+  load("tiny", vocabulary=100)
+  assert "MaskedLanguageModel" in repr(gin.query_parameter("%MODEL"))
+
+
+def test_the_tiny_model_trains_one_step():
+  model = load("tiny", vocabulary=100)
+  key = jax.random.key(0, impl="threefry2x32")
+  params = jax.jit(model.init)(key)
+  ones = jax.numpy.ones((2, 4), "int32")
+  batch = {"inputs": ones, "positions": ones, "labels": ones, "weights": ones}
+  grads = jax.jit(jax.grad(lambda p: model.losses(p, batch)[0].sum()))(params)
+  assert grads["output_bias"]["bias"].shape == (100,)
