@@ -8,7 +8,9 @@ import sys
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command; returns the exit status."""
-  arguments = _parser().parse_args(_with_bindings(argv or sys.argv[1:]))
+  if argv is None:
+    argv = sys.argv[1:]
+  arguments = _parser().parse_args(_with_bindings(argv))
   try:
     return int(arguments.command(arguments))
   except KeyboardInterrupt:
@@ -16,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   except (ValueError, OSError, RuntimeError, TypeError) as error:
     if arguments.debug:
       raise
-    print(f"dptrain: error: {error}", file=sys.stderr)
+    print(f"dptrain: error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
 
 
@@ -94,9 +96,7 @@ def _with_bindings(argv: Sequence[str]) -> list[str]:
     if argument.startswith("--gin."):
       name, equals, value = argument.removeprefix("--gin.").partition("=")
       if not equals:
-        raise SystemExit(
-          f"dptrain: error: {argument} has no value; write --gin.{name}=VALUE"
-        )
+        _parser().error(f"{argument} has no value; write --gin.{name}=VALUE")
       argument = f"--gin_bindings={name} = {value}"
     rewritten.append(argument)
   return rewritten

@@ -6,15 +6,27 @@ as t5x's do; nothing inside dptrain is decorated or reads gin.
 
 from collections.abc import Iterator, Sequence
 import contextlib
-import logging
 import pathlib
 import re
+import tokenize
 
 import dptrain
 from dptrain.training import run as run_lib
 import gin
 
-_TOP = "TrainingRun"
+_GIN_ERRORS = (
+  SyntaxError,
+  AttributeError,
+  ImportError,
+  ValueError,
+  TypeError,
+  OSError,
+)
+_NO_MACRO = re.compile(r"No bindings specified for '(.+)/gin\.macro'")
+_NO_VALUE = re.compile(
+  r"missing \d+ required .*?arguments?: (.+?)( No values supplied by Gin.*)?$"
+)
+_CALLER = re.compile(r"\n\s*In call to configurable '(\S+)' .*")
 
 
 def gin_folder() -> pathlib.Path:
@@ -60,15 +72,17 @@ def training_run(
   folders.append(str(gin_folder()))
   _check_files(files, folders)
   gin.clear_config()
-  for folder in folders:
-    gin.add_config_file_search_path(folder)
   try:
-    with _without_search_messages():
+    with _searching(folders):
       gin.parse_config_files_and_bindings(
         list(files), [_quoted(binding) for binding in bindings]
       )
-  except (SyntaxError, AttributeError, ImportError, OSError) as error:
+  except _GIN_ERRORS as error:
     raise ValueError(_plain(error)) from error
+  except tokenize.TokenError as error:
+    raise ValueError(
+      f"a gin file or binding does not parse: {error.args[0]}."
+    ) from error
   run = _build()
   _check_all_used()
   return run
@@ -76,17 +90,13 @@ def training_run(
 
 def _build() -> run_lib.TrainingRun:
   try:
-    build = gin.get_configurable(run_lib.TrainingRun)
-  except ValueError as error:
-    raise ValueError(
-      f"no gin file binds {_TOP}: include one that does, such as demo.gin."
-    ) from error
-  try:
-    run = build()
-  except TypeError as error:
+    run = gin.get_configurable(run_lib.TrainingRun)()
+  except OSError as error:
+    raise OSError(_plain(error)) from error
+  except (ValueError, TypeError) as error:
     raise ValueError(_plain(error)) from error
   if not isinstance(run, run_lib.TrainingRun):
-    raise TypeError(f"gin built {type(run)} instead of a {_TOP}.")
+    raise TypeError(f"gin built {type(run)} instead of a TrainingRun.")
   return run
 
 
@@ -103,7 +113,11 @@ def _check_files(files: Sequence[str], folders: Sequence[str]) -> None:
 
 def _quoted(binding: str) -> str:
   """Lets a plain word stand for a string: MODEL_DIR=runs/a needs no quotes."""
-  name, _, value = binding.partition("=")
+  name, equals, value = binding.partition("=")
+  if not equals:
+    raise ValueError(
+      f"gin binding {binding!r} has no value; write NAME = VALUE."
+    )
   value = value.strip()
   if re.fullmatch(r"[~./A-Za-z_][\w./~:*{}?\[\],@+ -]*", value) and (
     value not in ("True", "False", "None")
@@ -136,19 +150,39 @@ def _check_all_used() -> None:
 
 
 @contextlib.contextmanager
-def _without_search_messages() -> Iterator[None]:
-  """Hides gin's error line for each folder in which a file is not."""
-
-  def keep(record: logging.LogRecord) -> bool:
-    return "Path not found" not in record.getMessage()
-
-  logging.getLogger().addFilter(keep)
+def _searching(folders: Sequence[str]) -> Iterator[None]:
+  """Lets gin look for files in these folders, and nowhere else."""
+  # Its own list grows from call to call, and its search of Python packages
+  # fails on any folder named `models` that Python's path holds.
+  config = gin.config
+  before = config._LOCATION_PREFIXES, config._FILE_READERS
+  config._LOCATION_PREFIXES = list(folders)
+  config._FILE_READERS = before[1][:1]
   try:
     yield
   finally:
-    logging.getLogger().removeFilter(keep)
+    config._LOCATION_PREFIXES, config._FILE_READERS = before
 
 
 def _plain(error: BaseException) -> str:
-  """Gin's message without its indented traces of where it came from."""
-  return " ".join(str(error).split())
+  """The error in one sentence, without gin's listings and traces."""
+  text = str(error)
+  if found := _NO_MACRO.match(text):
+    return (
+      f"the gin macro %{found[1]} has no value: give --gin.{found[1]}=VALUE, or"
+      " bind it in a gin file."
+    )
+  # Gin appends who was being called, innermost first, to any exception.
+  message, *callers = _CALLER.split(text)[:2]
+  message = " ".join(message.split())
+  if not callers:
+    return message
+  if not isinstance(error, TypeError):
+    told = callers[0] in message
+    return message if told else f"{message} (in {callers[0]})"
+  if found := _NO_VALUE.search(message):
+    return (
+      f"{callers[0]} lacks {found[1]}: bind it in a gin file (demo.gin"
+      f" shows how), or with --gin.{callers[0]}.NAME=VALUE."
+    )
+  return f"a setting of {callers[0]} is of the wrong type: {message}."

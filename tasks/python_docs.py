@@ -34,13 +34,11 @@ _DOCUMENTED: Final = (
 
 
 def register() -> str:
-  """Registers the seqio task; does nothing the second time.
+  """Registers the seqio task; a second time changes nothing.
 
   Returns:
     The task's name, "dptrain_python_docs".
   """
-  if raw_text.is_registered(TASK_NAME):
-    return TASK_NAME
   return raw_text.add_task(TASK_NAME, documents)
 
 

@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import hashlib
 from typing import Any, Final
 
-from dptrain.data.seqio_import import import_seqio
-from dptrain.data.seqio_import import import_tensorflow
+from dptrain.data import seqio_import
 
 TRAIN: Final = "train"
 VALIDATION: Final = "validation"
@@ -25,7 +24,8 @@ def add_task(
 ) -> str:
   """Adds a task of raw documents to seqio's registry.
 
-  A task already registered under the name is replaced.
+  A task already registered under the name is replaced. The registry sees it
+  when documents are next read: until then seqio need not be imported.
 
   Args:
     name: the task's name: letters, digits, "_", ".", ":" and "#".
@@ -37,7 +37,18 @@ def add_task(
   Returns:
     `name`.
   """
-  seqio, tensorflow = import_seqio(), import_tensorflow()
+  seqio_import.when_seqio_is_needed(lambda: _add(name, documents, splits))
+  return name
+
+
+def _add(
+  name: str,
+  documents: Callable[[str], Iterable[tuple[str, str]]],
+  splits: Sequence[str],
+) -> None:
+  """Adds the task to seqio's registry."""
+  seqio = seqio_import.import_seqio()
+  tensorflow = seqio_import.import_tensorflow()
 
   def dataset(split: str, shuffle_files: bool = False) -> Any:
     del shuffle_files  # One stream: there are no shards to shuffle.
@@ -61,19 +72,6 @@ def add_task(
     preprocessors=[],
     output_features={"text": string, "source": string},
   )
-  return name
-
-
-def is_registered(name: str) -> bool:
-  """Tells whether seqio's registry holds a task.
-
-  Args:
-    name: the task's name.
-
-  Returns:
-    True if it does.
-  """
-  return name in import_seqio().TaskRegistry.names()
 
 
 def stable_fraction(key: str) -> float:

@@ -1,5 +1,8 @@
-"""Per-example clipping of gradients: jax only, reusable on its own.
+"""Per-example clipping of gradients: jax and flax only, reusable on its own.
 
-`rules` says how much of an example's gradient may count and what the
-sensitivity of a sum is; `per_example` computes clipped sums.
+`methods` is the door: one function, three ways. `rules` says how much of an
+example's gradient may count; `per_example` is the reference by vmap; `taps`
+reads layers' inputs and output gradients off an unchanged Flax model,
+`products` has the algebra of the gradients that they stand for, `book_keeping`
+(one pass) and `two_pass` put them together.
 """

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import importlib
 import os
 import sys
 import tempfile
 from types import ModuleType
+
+_waiting: list[Callable[[], None]] = []
+
+
+def when_seqio_is_needed(action: Callable[[], None]) -> None:
+  """Postpones `action`, such as a registration, to the next `import_seqio`.
+
+  So that naming a task costs nothing until its documents are read.
+
+  Args:
+    action: called once, with seqio imported.
+  """
+  _waiting.append(action)
 
 
 def import_seqio() -> ModuleType:
@@ -20,6 +33,14 @@ def import_seqio() -> ModuleType:
   Returns:
     The `seqio` module.
   """
+  seqio = _import_seqio()
+  while _waiting:
+    _waiting.pop(0)()
+  return seqio
+
+
+def _import_seqio() -> ModuleType:
+  """`import_seqio` without what waits for it."""
   if "seqio" in sys.modules:
     return sys.modules["seqio"]
   # Both must stand in the environment before TensorFlow's libraries load.

@@ -134,6 +134,9 @@ class MaskedLanguageModel:
       )
       return jnp.asarray(logits)[0]
 
+    if inputs.shape[0] == 1:
+      # Not under vmap, which would hide the layers from per-example clipping.
+      return one(inputs[0], positions[0], keys[0])[None]
     return jax.vmap(one)(inputs, positions, keys)
 
 

@@ -37,6 +37,10 @@ _MAX_EPSILON_FOR_PLD = 50.0
 
 _LARGEST_NOISE = 1e4
 _NOISE_TOLERANCE = 1e-4
+# Below it dp-accounting overflows to NaN; epsilon is beyond 1e200 anyway.
+_SMALLEST_NOISE = 1e-100
+# What calibration, which takes logarithms, reads for an epsilon of 0.
+_SMALLEST_EPSILON = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +141,9 @@ def epsilon(
   composed = merged(releases)
   if not composed:
     return Epsilon(0.0, "RDP", "nothing released", 0.0, 0.0)
+  if _without_noise(composed):
+    note = f"PLD not computed: noise below {_SMALLEST_NOISE:g} counts as none"
+    return Epsilon(math.inf, "RDP", "no noise", math.inf, None, note)
   whole = event(composed)
   renyi = rdp.RdpAccountant(RDP_ORDERS, neighboring_relation=neighbouring)
   with _without_order_warnings():
@@ -168,6 +175,8 @@ def epsilon_without_amplification(
   epsilon dp-accounting gives in closed form (arXiv 1805.06530, Theorem 8).
   """
   check_delta(delta)
+  if _without_noise(releases):
+    return math.inf
   precision = sum(r.count / r.noise_multiplier**2 for r in releases)
   if not precision:
     return 0.0
@@ -201,7 +210,7 @@ def calibrate_noise_multiplier(
     noise = math.exp(log_noise)
     releases = [Releases(count, q, noise) for count, q in batches]
     spent = epsilon(releases, delta, relation, quick=True).value
-    return math.log(spent / target_epsilon)
+    return math.log(max(spent, _SMALLEST_EPSILON) / target_epsilon)
 
   low, high = 0.0, 0.0
   if not 0 < target_epsilon < math.inf or excess(math.log(_LARGEST_NOISE)) > 0:
@@ -275,6 +284,10 @@ def check_delta(delta: float) -> None:
   """Raises ValueError unless 0 < delta < 1."""
   if not 0 < delta < 1:
     raise ValueError(f"delta={delta} must lie strictly between 0 and 1.")
+
+
+def _without_noise(releases: Sequence[Releases]) -> bool:
+  return any(r.count and r.noise_multiplier < _SMALLEST_NOISE for r in releases)
 
 
 def _relation(name: str) -> dp_accounting.NeighboringRelation:

@@ -106,14 +106,14 @@ def load_or_create(directory: pathlib.Path) -> SecretSeed:
       " can subtract the noise. Run `chmod 600` on it if nobody else has read"
       " it; otherwise start again in a new MODEL_DIR."
     )
-  text = path.read_text(encoding="ascii").strip()
   try:
-    return SecretSeed(bytes.fromhex(text))
-  except ValueError as error:
+    return SecretSeed(bytes.fromhex(path.read_text(encoding="ascii")))
+  except ValueError:
+    # Not chained: a decoding error carries the bytes that it could not read.
     raise ValueError(
       f"{path} is damaged: it must hold 64 hexadecimal digits. Restore it from"
       " a backup; without it this run cannot continue."
-    ) from error
+    ) from None
 
 
 def _create(path: pathlib.Path) -> None:

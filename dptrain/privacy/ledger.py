@@ -21,6 +21,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -225,48 +226,56 @@ class Ledger:
     Raises:
       LedgerError: the checkpoint's branch is not in the ledger.
     """
-    if checkpoint_branch:
-      if checkpoint_branch not in self._branches:
-        raise LedgerError(
-          f"{self.path} does not know branch {checkpoint_branch[:12]} of the"
-          " checkpoint: they belong to different runs. Restore the ledger that"
-          " was written with this checkpoint."
-        )
-      held = self._branches[checkpoint_branch]
-      if held.lineage == lineage and self._repeats_exactly(
-        held.name, checkpoint_step, environment
-      ):
-        if self._environments[held.name][-1][1] != environment:
-          self._append(
-            {
-              "kind": "environment",
-              "branch": held.name,
-              "step": checkpoint_step,
-              "environment": environment,
-            }
-          )
-        return held
-    name = _digest(
-      checkpoint_branch, str(checkpoint_step), lineage, environment
-    )
-    branch = Branch(
-      name, checkpoint_branch, checkpoint_step, lineage, environment
-    )
-    if name not in self._branches:
-      self._append({"kind": "branch", **branch._asdict()})
+    branch = self._branches.get(checkpoint_branch)
+    if checkpoint_branch and branch is None:
+      raise LedgerError(
+        f"{self.path} does not know branch {checkpoint_branch[:12]} of the"
+        " checkpoint: they belong to different runs. Restore the ledger that"
+        " was written with this checkpoint."
+      )
+    if (
+      branch is None
+      or branch.lineage != lineage
+      or not self._repeats_exactly(branch.name, checkpoint_step, environment)
+    ):
+      branch = self._fork(
+        checkpoint_branch, checkpoint_step, lineage, environment
+      )
+    if self._environments[branch.name][-1][1] != environment:
+      self._append(
+        {
+          "kind": "environment",
+          "branch": branch.name,
+          "step": max(checkpoint_step, self.last_step(branch.name) + 1),
+          "environment": environment,
+        }
+      )
     return branch
+
+  def _fork(
+    self, parent: str, step: int, lineage: str, environment: str
+  ) -> Branch:
+    # The same fork may have been made before and have gone on under another
+    # rounding: then it cannot be repeated, and its next namesake is taken.
+    for attempt in itertools.count():
+      name = _digest(parent, str(step), lineage, environment, str(attempt))
+      if name not in self._branches:
+        branch = Branch(name, parent, step, lineage, environment)
+        self._append({"kind": "branch", **branch._asdict()})
+        return branch
+      if self._repeats_exactly(name, step, environment):
+        return self._branches[name]
+    raise AssertionError("there is always a free name")
 
   def _repeats_exactly(self, branch: str, step: int, environment: str) -> bool:
     # Only updates that were already made can be made twice: from `step` on, all
     # of them must have been made in this same environment.
-    if self.last_step(branch) < step:
-      return True
     history = self._environments[branch]
     ends = [start for start, _ in history[1:]] + [self.last_step(branch) + 1]
     return all(
       made_in == environment
-      for (_, made_in), end in zip(history, ends, strict=True)
-      if end > step
+      for (start, made_in), end in zip(history, ends, strict=True)
+      if max(start, step) < end
     )
 
   def record(
@@ -342,7 +351,10 @@ class Ledger:
       try:
         entry = json.loads(line)
         if entry["previous"] != self._last_hash:
-          raise ValueError("its hash does not follow from the line before it")
+          raise ValueError(
+            "the hash in it is not that of the line before; one of the two was"
+            " changed"
+          )
         self._take(entry, line.decode() + "\n")
       except (ValueError, KeyError, TypeError) as error:
         raise LedgerError(

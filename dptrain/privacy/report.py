@@ -5,8 +5,10 @@ Everything in it is computed from the ledger alone.
 
 import dataclasses
 import datetime
+import decimal
 import importlib.metadata
 import json
+import math
 import pathlib
 import textwrap
 from typing import Any
@@ -75,6 +77,8 @@ class PrivacyReport:
   def as_json(self) -> str:
     """The report as JSON text."""
     data = dataclasses.asdict(self) | {"epsilon": self.epsilon.as_dict()}
+    if self.epsilon_without_amplification == math.inf:
+      data["epsilon_without_amplification"] = "inf"  # JSON has no infinity
     return json.dumps(data, indent=2, sort_keys=True) + "\n"
 
   def as_text(self) -> str:
@@ -115,7 +119,8 @@ class PrivacyReport:
       )
     return (
       "The trained parameters, and every checkpoint of every branch, together"
-      f" are ({self.epsilon.value:.4g}, {self.delta:g})-differentially private."
+      f" are ({_rounded_up(self.epsilon.value)}, {self.delta})-differentially"
+      " private."
       f" Protected is {self.unit}."
     )
 
@@ -125,17 +130,20 @@ class PrivacyReport:
     clipping = f"{plan['clipping']}, l2_clip_norm {plan['l2_clip_norm']:g}"
     if plan["clipping"] == "automatic":
       clipping = f"automatic, gamma {plan['automatic_gamma']:g}"
-    pld = f"{eps.pld:.4g}" if eps.pld is not None else eps.note
+    pld = _rounded_up(eps.pld) if eps.pld is not None else eps.note
+    unamplified = _rounded_up(self.epsilon_without_amplification)
     return [
       ("privacy unit", self.unit),
       ("neighbouring corpora", self.relation),
-      ("epsilon", f"{eps.value:.4g} ({eps.accountant}, {eps.settings})"),
-      ("delta", f"{self.delta:g}"),
-      ("epsilon by RDP / PLD", f"{eps.rdp:.4g} / {pld}"),
+      (
+        "epsilon",
+        f"{_rounded_up(eps.value)} ({eps.accountant}, {eps.settings})",
+      ),
+      ("delta", f"{self.delta}"),
+      ("epsilon by RDP / PLD", f"{_rounded_up(eps.rdp)} / {pld}"),
       (
         "without amplification",
-        f"{self.epsilon_without_amplification:.4g} (as if every update had read"
-        " every record)",
+        f"{unamplified} (as if every update had read every record)",
       ),
       ("budget", "none" if budget is None else f"epsilon {budget:g}"),
       ("records", f"{plan['num_examples']:,}"),
@@ -221,6 +229,12 @@ def write_report(ledger: ledger_lib.Ledger, directory: pathlib.Path) -> None:
     draft = directory / f".{name}.draft"
     draft.write_text(text, encoding="utf-8")
     draft.replace(directory / name)
+
+
+def _rounded_up(bound: float) -> str:
+  """Four digits, never below `bound`: less would claim too much."""
+  context = decimal.Context(prec=4, rounding=decimal.ROUND_CEILING)
+  return f"{float(context.create_decimal_from_float(bound)):.4g}"
 
 
 def _paragraph(text: str) -> list[str]:

@@ -10,6 +10,7 @@ priced.
 from collections.abc import Iterator, Sequence
 import dataclasses
 import itertools
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -51,8 +52,13 @@ class Phase:
   def __post_init__(self) -> None:
     for name in ("start_size", "end_size", "until_step"):
       value = getattr(self, name)
-      if int(value) != value or value < 1:
-        raise ValueError(f"Phase.{name}={value} must be a whole number >= 1.")
+      if (
+        not isinstance(value, int | float | np.integer | np.floating)
+        or not 1 <= value < math.inf
+        or int(value) != value
+      ):
+        raise ValueError(f"Phase.{name}={value!r} must be a whole number >= 1.")
+      object.__setattr__(self, name, int(value))  # 1e6 is welcome
     if self.ramp not in ("linear", "geometric"):
       raise ValueError(
         f"Phase.ramp={self.ramp!r} is unknown; use 'linear' or 'geometric'."
@@ -61,7 +67,7 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class BatchSchedule:
-  """Expected batch size by update, in phases (arXiv 2108.01624, section 4).
+  """Expected batch size by update, in phases (arXiv 2108.01624).
 
   A ramp is climbed in equal steps of time; together the phases take at most
   `max_distinct_sizes` different sizes.
@@ -88,11 +94,12 @@ class BatchSchedule:
       raise ValueError(
         "BatchSchedule.phases is empty; give at least one Phase."
       )
-    if not 1 <= self.max_distinct_sizes <= MAX_DISTINCT_SIZES:
+    if self.max_distinct_sizes not in range(1, MAX_DISTINCT_SIZES + 1):
       raise ValueError(
-        f"BatchSchedule.max_distinct_sizes={self.max_distinct_sizes} must lie"
-        f" in 1..{MAX_DISTINCT_SIZES}."
+        f"BatchSchedule.max_distinct_sizes={self.max_distinct_sizes} must be a"
+        f" whole number in 1..{MAX_DISTINCT_SIZES}."
       )
+    object.__setattr__(self, "max_distinct_sizes", int(self.max_distinct_sizes))
     ends = [0, *(phase.until_step for phase in self.phases)]
     if any(a >= b for a, b in itertools.pairwise(ends)):
       raise ValueError(

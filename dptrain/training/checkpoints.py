@@ -12,6 +12,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from dptrain.training import settings as settings_lib
+
 CHECKPOINTS = "checkpoints"
 DAMAGED = "damaged_checkpoints"
 
@@ -33,10 +35,8 @@ class CheckpointSettings:
   keep: int = 3
 
   def __post_init__(self) -> None:
-    if self.period < 0:
-      raise ValueError(f"CheckpointSettings.period={self.period} must be >= 0.")
-    if self.keep < 1:
-      raise ValueError(f"CheckpointSettings.keep={self.keep} must be >= 1.")
+    settings_lib.check_whole("CheckpointSettings.period", self.period, least=0)
+    settings_lib.check_whole("CheckpointSettings.keep", self.keep, least=1)
 
 
 class Restored(NamedTuple):
@@ -95,7 +95,12 @@ class Checkpoints:
       return
     # Copied: the arrays may be overwritten while Orbax writes.
     host = jax.tree.map(lambda x: np.array(x), jax.device_get(state))
-    told = {**metadata, "step": step, "digest": state_digest(host)}
+    told = {
+      **metadata,
+      "step": step,
+      "shapes": _shapes(host),
+      "digest": state_digest(host),
+    }
     try:
       self._saving = step
       self._manager.save(
@@ -134,12 +139,15 @@ class Checkpoints:
       The checkpoint, or None if there never was one.
 
     Raises:
-      CheckpointError: there are checkpoints, but none is whole.
+      CheckpointError: there are checkpoints, but none is whole; or the newest
+        whole one is of another model or optimizer.
     """
     steps = sorted(self._manager.all_steps(), reverse=True)
     for step in steps:
       try:
         found = self._read(step, like)
+      except CheckpointError:
+        raise
       except Exception as error:
         self._report(
           f"checkpoint of update {step} is damaged ({_first_line(error)});"
@@ -159,16 +167,35 @@ class Checkpoints:
     return None
 
   def _read(self, step: int, like: Any) -> Restored:
-    read = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(like), metadata=ocp.args.JsonRestore()
-      ),
-    )
-    metadata = read["metadata"]
-    if metadata["digest"] != state_digest(jax.device_get(read["state"])):
+    metadata = self._manager.restore(
+      step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())
+    )["metadata"]
+    # Before the state: Orbax restores arrays of other shapes without a word.
+    self._check_shapes(step, metadata["shapes"], _shapes(like))
+    state = self._manager.restore(
+      step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))
+    )["state"]
+    if metadata["digest"] != state_digest(jax.device_get(state)):
       raise ValueError("its content does not match its digest")
-    return Restored(step, read["state"], metadata)
+    return Restored(step, state, metadata)
+
+  def _check_shapes(
+    self, step: int, found: dict[str, str], wanted: dict[str, str]
+  ) -> None:
+    names = [
+      name
+      for name in sorted({*found, *wanted})
+      if found.get(name) != wanted.get(name)
+    ]
+    if names:
+      name = names[0]
+      more = f" (and {len(names) - 1} more arrays)" if names[1:] else ""
+      raise CheckpointError(
+        f"the checkpoint of update {step} in {self._root / CHECKPOINTS} is of"
+        f" another model or optimizer: {name} is {found.get(name, 'absent')}"
+        f" there and {wanted.get(name, 'absent')} here{more}. Restore those"
+        " settings, or start in a new MODEL_DIR."
+      )
 
   def _settle(self) -> None:
     """Waits for the save under way, if any, and reports its failure."""
@@ -211,6 +238,14 @@ class Checkpoints:
       ),
       item_names=("state", "metadata"),
     )
+
+
+def _shapes(state: Any) -> dict[str, str]:
+  """Names of a tree's arrays, with dtype and shape."""
+  return {
+    jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}"
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+  }
 
 
 def state_digest(state: Any) -> str:

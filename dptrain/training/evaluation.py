@@ -13,6 +13,7 @@ from dptrain.data import batches
 from dptrain.data import masking
 from dptrain.data import store as store_lib
 from dptrain.training import objective as objective_lib
+from dptrain.training import settings as settings_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +31,12 @@ class EvaluationSettings:
   physical_batch_size: int = 64
 
   def __post_init__(self) -> None:
-    if self.period < 0:
-      raise ValueError(f"EvaluationSettings.period={self.period} must be >= 0.")
-    if self.physical_batch_size < 1:
-      raise ValueError(
-        "EvaluationSettings.physical_batch_size="
-        f"{self.physical_batch_size} must be >= 1."
-      )
+    for name, least in (("period", 0), ("physical_batch_size", 1)):
+      value = getattr(self, name)
+      settings_lib.check_whole(f"EvaluationSettings.{name}", value, least)
+    if self.max_records is not None:
+      name = "EvaluationSettings.max_records"
+      settings_lib.check_whole(name, self.max_records, least=1)
 
 
 class Evaluation(NamedTuple):

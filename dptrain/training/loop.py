@@ -17,10 +17,13 @@ from dptrain.training import checkpoints as checkpoints_lib
 from dptrain.training import evaluation as evaluation_lib
 from dptrain.training import preparation as preparation_lib
 from dptrain.training import progress as progress_lib
+from dptrain.training import records as records_lib
 from dptrain.training import run as run_lib
 
 
-def train(run: run_lib.TrainingRun) -> run_lib.TrainingResult:
+def train(
+  run: run_lib.TrainingRun, records: records_lib.Records | None = None
+) -> run_lib.TrainingResult:
   """Trains until the plan ends or the budget is spent; resumes by itself.
 
   Formal guarantee: see `PrivacyPlan` and `PrivateStep`. Each update goes one
@@ -29,6 +32,7 @@ def train(run: run_lib.TrainingRun) -> run_lib.TrainingResult:
 
   Args:
     run: the user's settings.
+    records: what to train on instead of the run's task.
 
   Returns:
     How it ended.
@@ -50,7 +54,7 @@ def train(run: run_lib.TrainingRun) -> run_lib.TrainingResult:
         " was released is unknown. Restore the ledger, or start in a new"
         " MODEL_DIR."
       )
-    prepared = preparation_lib.prepare(run, directory, ledger)
+    prepared = preparation_lib.prepare(run, directory, ledger, records)
     loop = _Loop(run, directory, ledger, prepared)
     return loop.run_to_the_end()
 
@@ -77,26 +81,27 @@ class _Loop:
 
   def run_to_the_end(self) -> run_lib.TrainingResult:
     """Restores, trains, saves; the result."""
-    progress: progress_lib.Progress | None = None
     with (
       contextlib.ExitStack() as stack,
       checkpoints_lib.Checkpoints(
-        self.directory,
-        self.run.checkpoints,
-        lambda text: progress.say(text) if progress else print(text),
+        self.directory, self.run.checkpoints, progress_lib.say
       ) as checkpoints,
     ):
       step, state = self._restore(checkpoints)
       limit = self._last_affordable(step)
       progress = progress_lib.Progress(
-        self.directory, self.plan.num_steps, step
+        self.directory if self.run.tensorboard else None,
+        self.plan.num_steps,
+        step,
       )
       stack.callback(progress.close)
       if limit < self.plan.num_steps:
-        progress.say(
+        progress_lib.say(
           f"the budget, epsilon {self.plan.target_epsilon:g}, allows {limit} of"
           f" {self.plan.num_steps} updates"
         )
+      if step >= limit:
+        progress_lib.say(f"all {step} updates are made: nothing left to do")
       try:
         while step < limit:
           state, statistics = self._update(step, state)
@@ -106,7 +111,8 @@ class _Loop:
             self._save(checkpoints, step, state)
       except KeyboardInterrupt:
         self._save(checkpoints, step, state)
-        progress.say(
+        checkpoints.finish(step)
+        progress_lib.say(
           f"interrupted; update {step} is saved, the same command resumes"
         )
         raise
@@ -194,7 +200,7 @@ class _Loop:
       self._due(step, self.run.evaluation.period) or step == limit
     ):
       self.evaluation = self.prepared.evaluator.evaluate(state["params"])
-      progress.say(
+      progress_lib.say(
         f"update {step}: validation accuracy"
         f" {100 * self.evaluation.accuracy:.2f} % (constant guess"
         f" {100 * self.evaluation.baseline_accuracy:.2f} %), loss"

@@ -5,16 +5,13 @@ a change to MODEL_DIR is spent on it.
 """
 
 import pathlib
-import shutil
 from typing import Any, NamedTuple
 
 import jax
 
 from dptrain.clipping import rules
 from dptrain.data import batches
-from dptrain.data import corpus
 from dptrain.data import store as store_lib
-from dptrain.data import vocabulary as vocabulary_lib
 from dptrain.privacy import keys as keys_lib
 from dptrain.privacy import ledger as ledger_lib
 from dptrain.privacy import plan as plan_lib
@@ -22,10 +19,9 @@ from dptrain.training import evaluation as evaluation_lib
 from dptrain.training import lineage as lineage_lib
 from dptrain.training import numerics
 from dptrain.training import objective as objective_lib
+from dptrain.training import records as records_lib
 from dptrain.training import run as run_lib
 from dptrain.training import step as step_lib
-
-VOCABULARY_FILE = "vocabulary.model"
 
 
 class Preparation(NamedTuple):
@@ -56,7 +52,8 @@ class Preparation(NamedTuple):
   def initial_state(self) -> dict[str, Any]:
     """Fresh parameters and optimizer state; the same at every start."""
     key = self.seed.key("initial parameters", branch="")
-    params = self.objective.model.init(key)
+    # The key is an argument: a compiled program may be kept on disk.
+    params = jax.jit(self.objective.model.init)(key)
     return {"params": params, "opt_state": self.step.optimizer.init(params)}
 
 
@@ -64,6 +61,7 @@ def prepare(
   run: run_lib.TrainingRun,
   directory: pathlib.Path,
   ledger: ledger_lib.Ledger,
+  records: records_lib.Records | None = None,
 ) -> Preparation:
   """Reads the corpus, makes the plan and checks everything.
 
@@ -71,6 +69,7 @@ def prepare(
     run: the user's settings.
     directory: MODEL_DIR, which exists.
     ledger: its ledger, open for writing.
+    records: what to train on instead of the run's task.
 
   Returns:
     What the loop needs; the ledger has its header.
@@ -84,20 +83,18 @@ def prepare(
     if run.fixed_seed is None
     else keys_lib.fixed_seed(run.fixed_seed)
   )
-  vocabulary = _vocabulary(run, directory)
-  run.model.check(run.sequence_length, vocabulary.size)
-  store = _read_store(run, vocabulary, run.train_split)
+  if records is None:
+    records = records_lib.read_records(
+      run, directory, started=bool(ledger.header)
+    )
+  records_lib.check_records(run, records)
+  store, validation = records.train, records.validation
   batches.check_physical_batch(store.num_examples, run.physical_batch_size)
   recorded = ledger.header.get("plan", {})
   plan = plan_lib.make_plan(
     run.privacy,
     store.num_examples,
     calibrated_noise=recorded.get("noise_multiplier"),
-  )
-  validation = (
-    _read_store(run, vocabulary, run.validation_split)
-    if run.validation_split
-    else None
   )
   corpus_fingerprint = seed.fingerprint(store.content_digest())
   ledger.start(
@@ -131,47 +128,13 @@ def prepare(
     lineage=lineage_lib.lineage(
       plan=plan.as_dict(),
       corpus=corpus_fingerprint,
-      vocabulary=vocabulary.fingerprint,
+      vocabulary=records.vocabulary_fingerprint,
       programs=lineage_lib.program_digest(
         step, params, jax.eval_shape(run.optimizer.init, params), batch
       ),
     ),
     environment=lineage_lib.environment(run.physical_batch_size),
   )
-
-
-def _vocabulary(
-  run: run_lib.TrainingRun, directory: pathlib.Path
-) -> vocabulary_lib.Vocabulary:
-  """The run's vocabulary: MODEL_DIR's own, a given one, or a new one."""
-  kept = directory / VOCABULARY_FILE
-  given = run.vocabulary.path
-  if given is not None:
-    vocabulary = vocabulary_lib.load_vocabulary(given)
-    if not kept.exists():
-      shutil.copyfile(given, kept)
-    elif (
-      vocabulary_lib.load_vocabulary(kept).fingerprint != vocabulary.fingerprint
-    ):
-      raise ValueError(
-        f"VocabularySettings.path={given!r} is not the vocabulary that"
-        f" {directory} was started with ({kept}): use that one, or start in a"
-        " new MODEL_DIR."
-      )
-    return vocabulary
-  if kept.exists():
-    return vocabulary_lib.load_vocabulary(kept)
-  documents = corpus.read_documents(run.task, run.train_split)
-  return vocabulary_lib.train_vocabulary(
-    (document.text for document in documents), run.vocabulary, kept
-  )
-
-
-def _read_store(
-  run: run_lib.TrainingRun, vocabulary: vocabulary_lib.Vocabulary, split: str
-) -> store_lib.RecordStore:
-  documents = corpus.read_documents(run.task, split)
-  return store_lib.build_store(documents, vocabulary, run.sequence_length)
 
 
 def _batch_shapes(run: run_lib.TrainingRun) -> dict[str, jax.ShapeDtypeStruct]:

@@ -17,7 +17,16 @@ class Progress:
   realised batch sizes are private.
   """
 
-  def __init__(self, directory: pathlib.Path, total_steps: int, start: int):
+  def __init__(
+    self, directory: pathlib.Path | None, total_steps: int, start: int
+  ):
+    """Opens the bar.
+
+    Args:
+      directory: where TensorBoard's folder goes; None for no curves.
+      total_steps: updates of the whole run.
+      start: updates already made.
+    """
     self._bar = tqdm.tqdm(
       total=total_steps,
       initial=start,
@@ -38,10 +47,6 @@ class Progress:
     if self._writer is not None:
       self._writer.close()
 
-  def say(self, text: str) -> None:
-    """Prints a line above the bar."""
-    tqdm.tqdm.write(text, file=sys.stderr)
-
   def advance(self, expected_batch_size: int) -> None:
     """One update was made."""
     self._expected_examples += expected_batch_size
@@ -58,6 +63,8 @@ class Progress:
 
   def curves(self, step: int, values: Mapping[str, float]) -> None:
     """Writes TensorBoard points."""
+    if self._directory is None:
+      return
     if self._writer is None:
       # TensorFlow takes seconds to import: only who logs pays.
       from dptrain.data.seqio_import import import_tensorflow
@@ -70,6 +77,11 @@ class Progress:
       )
     self._writer.write_scalars(step, dict(values))
     self._writer.flush()
+
+
+def say(text: str) -> None:
+  """Prints a line on stderr, above the bar if there is one."""
+  tqdm.tqdm.write(text, file=sys.stderr)
 
 
 def summary(

@@ -10,6 +10,7 @@ from dptrain.models import masked_lm
 from dptrain.privacy import plan as plan_lib
 from dptrain.training import checkpoints as checkpoints_lib
 from dptrain.training import evaluation as evaluation_lib
+from dptrain.training import settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,8 @@ class TrainingRun:
     evaluation: when to evaluate on the validation split.
     train_split: name of the task's split to train on.
     validation_split: name of the split to evaluate on; None for none.
-    log_period: updates between lines of progress and TensorBoard points.
+    log_period: updates between figures of progress and TensorBoard points.
+    tensorboard: write TensorBoard curves into MODEL_DIR.
     unprotected_training_metrics: also log loss, accuracy, realised batch size,
       clip fraction and gradient SNR of the private examples. They are outside
       the guarantee and the report says so.
@@ -61,6 +63,7 @@ class TrainingRun:
   train_split: str = "train"
   validation_split: str | None = "validation"
   log_period: int = 10
+  tensorboard: bool = True
   unprotected_training_metrics: bool = False
   fixed_seed: int | None = None
 
@@ -71,9 +74,11 @@ class TrainingRun:
         " checkpoints, for example --gin.MODEL_DIR=\"'runs/first'\"."
       )
     for name in ("physical_batch_size", "log_period", "sequence_length"):
-      value = getattr(self, name)
-      if value < 1:
-        raise ValueError(f"TrainingRun.{name}={value} must be >= 1.")
+      settings.check_whole(f"TrainingRun.{name}", getattr(self, name), least=1)
+    for name in ("tensorboard", "unprotected_training_metrics"):
+      settings.check_flag(f"TrainingRun.{name}", getattr(self, name))
+    if self.fixed_seed is not None:
+      settings.check_whole("TrainingRun.fixed_seed", self.fixed_seed, least=0)
     self.model.check(self.sequence_length, self.model.bert.vocab_size)
 
 

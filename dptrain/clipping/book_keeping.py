@@ -1,0 +1,252 @@
+"""Per-example gradients kept as factors: the work of the one-pass method.
+
+One forward and one backward pass (arXiv 2210.00038) leave, for each tapped
+weight, the inputs and output gradients of its layers, from which follow both
+the norms and, once these are known, the clipped sum. Every other parameter
+(biases, scales, weights used in ways that no tap covers) is given a copy per
+example, whose gradient is the per-example gradient.
+
+Shapes: B batch; P* the shape of a parameter.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dptrain.clipping import per_example
+from dptrain.clipping import products
+from dptrain.clipping import taps
+
+Path = taps.Path
+
+
+class Kept(NamedTuple):
+  """What one backward pass leaves behind.
+
+  Attributes:
+    own: per-example gradients [B, P*] of parameters without taps.
+    seen: factors of the gradients of tapped weights, by use.
+    losses: [B].
+    aux: what the loss function returned beside the losses.
+  """
+
+  own: dict[Path, jax.Array]
+  seen: dict[tuple[Path, int], taps.Captured]
+  losses: jax.Array
+  aux: Any
+
+
+def backward(
+  loss_fn: Callable[..., Any],
+  params: Any,
+  batch: Any,
+  keys: jax.Array,
+  uses: tuple[taps.Use, ...],
+) -> Kept:
+  """One forward and one backward pass with taps on `uses`.
+
+  Each example runs under `jax.vmap` as a batch of one, with its own key: it
+  draws the dropout that it would draw alone.
+  """
+  own, handed_out, losses, aux = _differentiate(
+    loss_fn, params, batch, keys, uses, taps.tap_shapes(uses)
+  )
+  return Kept(own, taps.captured(uses, handed_out), losses, aux)
+
+
+def backward_to_squares(
+  loss_fn: Callable[..., Any],
+  params: Any,
+  batch: Any,
+  keys: jax.Array,
+  uses: tuple[taps.Use, ...],
+  single: set[Path],
+) -> tuple[Kept, dict[Path, jax.Array]]:
+  """As `backward`, but weights of one use leave only their squared norms.
+
+  Args:
+    loss_fn: per-example losses.
+    params: tree of arrays P*.
+    batch: tree of arrays [B, ...].
+    keys: typed PRNG keys [B].
+    uses: the tapped uses.
+    single: weights of one use.
+
+  Returns:
+    Losses with per-example gradients of untapped parameters, and the squared
+    norms [B] of every parameter's gradient.
+  """
+  own, handed_out, losses, aux = _differentiate(
+    loss_fn, params, batch, keys, uses, taps.tap_shapes(uses, single)
+  )
+  several = tuple(use for use in uses if use.weight not in single)
+  kept = Kept(own, taps.captured(several, handed_out), losses, aux)
+  squares = squared_norms(several, kept)
+  for weight in single:
+    # The layers of a scan are one parameter.
+    by_layer = handed_out[taps.squares_path(weight)]
+    squares[weight] = by_layer.reshape(keys.shape[0], -1).sum(axis=1)
+  return kept, squares
+
+
+def _differentiate(
+  loss_fn: Callable[..., Any],
+  params: Any,
+  batch: Any,
+  keys: jax.Array,
+  uses: tuple[taps.Use, ...],
+  shapes: Mapping[Path, tuple[tuple[int, ...], Any]],
+) -> tuple[dict[Path, jax.Array], dict[Path, jax.Array], jax.Array, Any]:
+  """Gradients of copies per example and of taps; losses; aux."""
+  flat = taps.leaves_by_path(params)
+  tapped = {use.weight for use in uses}
+  size = keys.shape[0]
+  fixed = {path: leaf for path, leaf in flat.items() if path in tapped}
+  own = {
+    path: jnp.broadcast_to(leaf, (size, *leaf.shape))
+    for path, leaf in flat.items()
+    if path not in tapped
+  }
+  zeros = {
+    path: jnp.zeros((size, *shape), dtype)
+    for path, (shape, dtype) in shapes.items()
+  }
+
+  def one(own: Any, zeros: Any, example: Any, key: jax.Array) -> Any:
+    tree = taps.nested({**fixed, **own, **zeros})
+    with taps.tapped():
+      losses, aux = loss_fn(
+        tree, jax.tree.map(lambda x: x[None], example), key[None]
+      )
+    return losses[0], jax.tree.map(lambda x: x[0], aux)
+
+  def total(own: Any, zeros: Any) -> Any:
+    losses, aux = jax.vmap(one)(own, zeros, batch, keys)
+    return jnp.sum(losses), (losses, aux)
+
+  (own, handed_out), (losses, aux) = jax.grad(
+    total, argnums=(0, 1), has_aux=True
+  )(own, zeros)
+  return own, handed_out, losses, aux
+
+
+def squared_norms(
+  uses: tuple[taps.Use, ...], kept: Kept
+) -> dict[Path, jax.Array]:
+  """Squared norms [B] of each parameter's gradient, example by example."""
+  squares = {path: per_example.squares(g) for path, g in kept.own.items()}
+  grams: dict[tuple[Path, int], jax.Array] = {}
+  for path, by_kind in _uses_by_weight(uses).items():
+    squares[path] = _weight_squares(by_kind, kept.seen, grams)
+  return squares
+
+
+def weighted_sum(
+  uses: tuple[taps.Use, ...],
+  kept: Kept,
+  scales: Mapping[Path, jax.Array],
+  shapes: Mapping[Path, tuple[int, ...]],
+) -> dict[Path, jax.Array]:
+  """Sums over examples of gradients times factors.
+
+  Args:
+    uses: the tapped uses.
+    kept: what `backward` left; it must be finite.
+    scales: [B] factors of each parameter.
+    shapes: P* of each tapped weight.
+
+  Returns:
+    Arrays P*, at least float32.
+  """
+  total = {
+    path: per_example.contraction(scales[path], g)
+    for path, g in kept.own.items()
+  }
+  for path, by_kind in _uses_by_weight(uses).items():
+    rows = shapes[path][-2] if by_kind["lookup"] else 0
+    part = _weight_sum(scales[path], by_kind, kept.seen, rows)
+    total[path] = part.reshape(shapes[path])
+  return total
+
+
+def _uses_by_weight(
+  uses: tuple[taps.Use, ...],
+) -> dict[Path, dict[str, list[taps.Use]]]:
+  weights: dict[Path, dict[str, list[taps.Use]]] = {}
+  for use in uses:
+    kinds: dict[str, list[taps.Use]] = {
+      "product": [],
+      "lookup": [],
+      "attend": [],
+    }
+    weights.setdefault(use.weight, kinds)[use.kind].append(use)
+  return weights
+
+
+def _factors(
+  uses: list[taps.Use], seen: Mapping[tuple[Path, int], taps.Captured]
+) -> tuple[jax.Array, jax.Array]:
+  """Inputs and gradients of all `uses` of one weight, as of one use."""
+  return (
+    products.joined([seen[use.name].inputs for use in uses]),
+    products.joined([seen[use.name].gradients for use in uses]),
+  )
+
+
+def _weight_squares(
+  by_kind: Mapping[str, list[taps.Use]],
+  seen: Mapping[tuple[Path, int], taps.Captured],
+  grams: dict[tuple[Path, int], jax.Array],
+) -> jax.Array:
+  """Squared norms [B]; `grams` keeps those of inputs that layers share."""
+  if by_kind["product"]:
+    uses = by_kind["product"]
+    inputs, gradients = _factors(uses, seen)
+    if not products.prefers_gram(
+      inputs.shape[2], inputs.shape[3], gradients.shape[3]
+    ):
+      return products.product_squares(inputs, gradients)
+    if len(uses) > 1:
+      left = products.gram(inputs)
+    else:
+      name = uses[0].same_inputs or uses[0].name
+      if name not in grams:
+        grams[name] = products.gram(inputs)
+      left = grams[name]
+    return products.gram_squares(left, products.gram(gradients))
+  total: Any = 0.0
+  if by_kind["attend"]:
+    queries, logits = _factors(by_kind["attend"], seen)
+    total += products.gram_squares(
+      products.gram(queries), products.gram(logits)
+    )
+  if by_kind["lookup"]:
+    ids, gradients = _factors(by_kind["lookup"], seen)
+    total += products.lookup_squares(ids, gradients)
+    if by_kind["attend"]:
+      crossed = products.lookup_attend_products(ids, gradients, queries, logits)
+      total += 2.0 * crossed
+  return jnp.maximum(total, 0.0)
+
+
+def _weight_sum(
+  scales: jax.Array,
+  by_kind: Mapping[str, list[taps.Use]],
+  seen: Mapping[tuple[Path, int], taps.Captured],
+  rows: int,
+) -> jax.Array:
+  """Weighted gradient of one weight, with its stacked layers in front."""
+  if by_kind["product"]:
+    return products.weighted_product(
+      scales, *_factors(by_kind["product"], seen)
+    )
+  parts = []
+  if by_kind["lookup"]:
+    ids, gradients = _factors(by_kind["lookup"], seen)
+    parts.append(products.weighted_lookup(scales, ids, gradients, rows))
+  if by_kind["attend"]:
+    queries, logits = _factors(by_kind["attend"], seen)
+    parts.append(products.weighted_product(scales, logits, queries))
+  return sum(parts[1:], start=parts[0])

@@ -1,0 +1,183 @@
+"""One function, three ways: clipped sums of per-example gradients.
+
+- "vmap": every per-example gradient is formed (`per_example`); any
+  differentiable function, most memory.
+- "one_pass": one forward, one backward pass; layers' inputs and output
+  gradients give norms and sum (`book_keeping`, arXiv 2210.00038).
+- "two_pass": one backward pass for the norms, which keeps nothing, and a second
+  one of the re-weighted loss (ghost norms, arXiv 2110.05679); least memory.
+- "auto": chosen for model and shape, see `choose`.
+
+Shapes: B batch; P* the shape of a parameter.
+"""
+
+from collections.abc import Mapping
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dptrain.clipping import book_keeping
+from dptrain.clipping import per_example
+from dptrain.clipping import rules
+from dptrain.clipping import taps
+from dptrain.clipping import two_pass
+
+METHODS = ("auto", "vmap", "one_pass", "two_pass")
+
+
+class Choice(NamedTuple):
+  """How clipped sums of a loss function are computed.
+
+  Attributes:
+    method: "vmap", "one_pass" or "two_pass".
+    uses: the tapped layers; empty for "vmap".
+    reason: why, in words.
+  """
+
+  method: str
+  uses: tuple[taps.Use, ...]
+  reason: str
+
+
+def choose(
+  loss_fn: per_example.PerExampleLoss,
+  params: Any,
+  batch: Any,
+  keys: Any,
+  method: str = "auto",
+) -> Choice:
+  """Decides how to clip, by tracing; nothing is computed.
+
+  "auto" takes one_pass wherever the activations that it keeps are smaller than
+  the gradients that vmap would form, and vmap elsewhere (a model without
+  tappable layers, or tiny weights under long sequences).
+
+  Args:
+    loss_fn: per-example losses.
+    params: parameters, or their shapes.
+    batch: arrays [B, ...], or their shapes.
+    keys: typed PRNG keys [B], or their shape.
+    method: one of `METHODS`.
+
+  Returns:
+    The choice.
+
+  Raises:
+    ValueError: unknown method.
+  """
+  if method not in METHODS:
+    raise ValueError(
+      f"clipping method {method!r} is unknown; use one of {METHODS}."
+    )
+  if method == "vmap":
+    return Choice("vmap", (), "as asked")
+  try:
+    uses = taps.survey(loss_fn, params, _one(batch), _one(keys))
+  except TypeError as error:
+    if method != "auto":
+      raise
+    return Choice("vmap", (), str(error))
+  kept = sum(math.prod(shape) for shape, _ in taps.tap_shapes(uses).values())
+  shapes = {p: x.shape for p, x in taps.leaves_by_path(params).items()}
+  formed = sum(math.prod(shapes[path]) for path in {u.weight for u in uses})
+  share = f"{formed:,} of {sum(map(math.prod, shapes.values())):,} parameters"
+  told = f"{share} are tapped, keeping {kept:,} activations per example"
+  if method != "auto":
+    return Choice(method, uses, f"as asked; {told}")
+  if not uses:
+    return Choice("vmap", (), "no layer of the model can be tapped")
+  if kept > formed:
+    return Choice("vmap", (), f"{told}, more than their gradients take")
+  return Choice("one_pass", uses, told)
+
+
+def clipped_sum(
+  loss_fn: per_example.PerExampleLoss,
+  params: Any,
+  batch: Any,
+  keys: jax.Array,
+  is_padding: jax.Array,
+  rule: rules.ClippingRule,
+  method: str | Choice = "auto",
+) -> per_example.ClippedSum:
+  """Sums the clipped gradients of the examples of one physical batch.
+
+  Example, on a plain Flax model:
+
+  >>> import flax.linen as nn, jax, jax.numpy as jnp
+  >>> model = nn.Dense(1)
+  >>> batch = {"x": jnp.ones((4, 3)), "y": jnp.arange(4.0)}
+  >>> params = model.init(jax.random.key(0), batch["x"])["params"]
+  >>> def losses(params, batch, keys):
+  ...   out = model.apply({"params": params}, batch["x"])[:, 0]
+  ...   return (out - batch["y"]) ** 2, {}
+  >>> keys = jax.random.split(jax.random.key(1), 4)
+  >>> total = clipped_sum(
+  ...   losses, params, batch, keys, jnp.zeros(4, bool), rules.ClippingRule()
+  ... )
+  >>> total.gradients["kernel"].shape
+  (3, 1)
+
+  Formal guarantee: one example moves `gradients` by at most `rule.sensitivity`
+  in L2 norm, whatever the method. The norm by which an example is clipped is
+  that of the very vector which enters the sum: both are made of the same
+  factors, in at least float32. Padding rows contribute exactly zero, and so do
+  examples whose loss or gradient is not finite.
+
+  Args:
+    loss_fn: per-example losses, see `per_example.PerExampleLoss`.
+    params: tree of arrays P*.
+    batch: tree of arrays [B, ...].
+    keys: typed PRNG keys [B].
+    is_padding: [B] bool.
+    rule: the clipping rule.
+    method: one of `METHODS`, or what `choose` returned.
+
+  Returns:
+    The clipped sum and what was seen on the way.
+
+  Raises:
+    ValueError: the method is unknown or cannot serve the rule.
+  """
+  if isinstance(method, str):
+    method = choose(loss_fn, params, batch, keys, method)
+  if method.method == "vmap":
+    return per_example.clipped_sum(
+      loss_fn, params, batch, keys, is_padding, rule
+    )
+  if method.method == "two_pass":
+    return two_pass.clipped_sum(
+      loss_fn, params, batch, keys, is_padding, rule, method.uses
+    )
+  kept = book_keeping.backward(loss_fn, params, batch, keys, method.uses)
+  squares = book_keeping.squared_norms(method.uses, kept)
+  clip = per_example.clip_factors(squares, kept.losses, is_padding, rule)
+  shapes = {p: x.shape for p, x in taps.leaves_by_path(params).items()}
+
+  def weighted(kept: book_keeping.Kept) -> dict[taps.Path, jax.Array]:
+    return book_keeping.weighted_sum(method.uses, kept, clip.scales, shapes)
+
+  def weighted_finite(kept: book_keeping.Kept) -> Mapping[Any, jax.Array]:
+    # 0 * inf is nan: what must not count has to be taken out, not scaled away.
+    own, seen = jax.tree.map(
+      lambda x: per_example.without(x, ~clip.finite), (kept.own, kept.seen)
+    )
+    return weighted(kept._replace(own=own, seen=seen))
+
+  total = jax.lax.cond(jnp.all(clip.finite), weighted, weighted_finite, kept)
+  gradients = jax.tree.unflatten(
+    jax.tree.structure(params),
+    [total[path] for path in taps.leaves_by_path(params)],
+  )
+  return per_example.ClippedSum(
+    gradients, kept.losses, clip.norms, clip.contributes, kept.aux
+  )
+
+
+def _one(tree: Any) -> Any:
+  """The shapes of a batch of one example."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), tree
+  )

@@ -1,0 +1,333 @@
+import logging
+import math
+
+import dp_accounting
+from dp_accounting import pld
+from dp_accounting import rdp
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+import pytest
+from scipy import optimize
+from scipy import stats
+
+from dptrain.privacy import accounting
+from dptrain.privacy.accounting import Releases
+
+# Of arXiv 2108.01624: 346 million examples, 20,000 updates, epsilon 5.36.
+PAPER_N, PAPER_DELTA, PAPER_STEPS = 346e6, 2.89e-9, 20_000
+
+
+@pytest.fixture
+def coarse(monkeypatch):
+  """One grid everywhere: ten times as quick, where the grid does not matter."""
+  monkeypatch.setattr(accounting, "_FINE_INTERVAL", 1e-3)
+
+
+releases = st.builds(
+  Releases,
+  count=st.integers(0, 50),
+  sampling_prob=st.sampled_from([0.001, 0.01, 0.02]),
+  noise_multiplier=st.sampled_from([0.8, 1.0, 2.0]),
+)
+
+
+def quick(*of, delta=1e-6):
+  return accounting.epsilon(of, delta, quick=True).value
+
+
+def gaussian_epsilon(noise, delta):
+  """Of one Gaussian mechanism: arXiv 1805.06530, Theorem 8."""
+
+  def excess(eps):
+    upper = stats.norm.cdf(0.5 / noise - eps * noise)
+    lower = stats.norm.logcdf(-0.5 / noise - eps * noise)
+    return upper - math.exp(eps + lower) - delta
+
+  return optimize.brentq(excess, 0, 100, xtol=1e-10)
+
+
+@pytest.mark.parametrize(
+  ("batch", "noise"), [(32_768, 0.466), (1_048_576, 0.801), (2_097_152, 1.177)]
+)
+def test_noise_for_the_papers_budget(batch, noise):
+  batches = [(PAPER_STEPS, batch / PAPER_N)]
+  found = accounting.calibrate_noise_multiplier(batches, 5.36, PAPER_DELTA)
+  assert found == pytest.approx(noise, rel=0.01)
+
+
+@pytest.mark.parametrize("relation", ["zero_out", "add_or_remove_one"])
+def test_epsilon_is_the_smaller_of_dp_accountings_two(relation):
+  neighbouring = accounting.RELATIONS[relation]
+  event = dp_accounting.ComposedDpEvent(
+    [
+      dp_accounting.SelfComposedDpEvent(
+        dp_accounting.PoissonSampledDpEvent(
+          q, dp_accounting.GaussianDpEvent(1.1)
+        ),
+        count,
+      )
+      for count, q in ((100, 0.01), (50, 0.02))
+    ]
+  )
+  by_rdp = rdp.RdpAccountant(accounting.RDP_ORDERS, neighbouring)
+  by_pld = pld.PLDAccountant(neighbouring, 1e-4)
+  expected = [a.compose(event).get_epsilon(1e-6) for a in (by_rdp, by_pld)]
+  found = accounting.epsilon(
+    [Releases(100, 0.01, 1.1), Releases(50, 0.02, 1.1)], 1e-6, relation
+  )
+  assert [found.rdp, found.pld] == pytest.approx(expected, rel=1e-12)
+  assert found.value == min(found.rdp, found.pld)
+  assert found.accountant == "PLD"
+  assert found.settings == "discretisation interval 0.0001"
+  assert not found.note
+
+
+def test_the_relations_are_those_of_dp_accounting():
+  names = dp_accounting.NeighboringRelation
+  assert accounting.RELATIONS == {
+    "zero_out": names.REPLACE_SPECIAL,
+    "add_or_remove_one": names.ADD_OR_REMOVE_ONE,
+  }
+
+
+def test_the_smaller_bound_is_quoted_when_it_is_that_of_rdp(monkeypatch):
+  class Loose:
+    def __init__(self, **_):
+      pass
+
+    def compose(self, _):
+      pass
+
+    def get_epsilon(self, _):
+      return math.inf
+
+  monkeypatch.setattr(pld, "PLDAccountant", Loose)
+  found = accounting.epsilon([Releases(100, 0.01, 1.1)], 1e-6)
+  assert found.accountant == "RDP"
+  assert found.value == found.rdp < found.pld == math.inf
+  assert found.settings.startswith("order ")
+  assert found.as_dict()["pld"] == "inf"
+
+
+@pytest.mark.parametrize("noise", [0.9, 4.0])
+def test_one_update_on_everything_is_the_gaussian_mechanism(noise):
+  expected = gaussian_epsilon(noise, 1e-6)
+  found = accounting.epsilon([Releases(1, 1.0, noise)], 1e-6).value
+  assert expected <= found <= 1.01 * expected
+
+
+def test_without_amplification_is_a_composition_of_gaussians():
+  mixed = [Releases(30, 0.01, 4.0), Releases(10, 0.5, 8.0)]
+  found = accounting.epsilon_without_amplification(mixed, 1e-6)
+  precision = 30 / 4.0**2 + 10 / 8.0**2
+  assert found == pytest.approx(gaussian_epsilon(precision**-0.5, 1e-6), 1e-6)
+  direct = pld.PLDAccountant(value_discretization_interval=1e-3)
+  for release in mixed:
+    direct.compose(
+      dp_accounting.GaussianDpEvent(release.noise_multiplier), release.count
+    )
+  assert found == pytest.approx(direct.get_epsilon(1e-6), rel=0.01)
+  assert accounting.epsilon_without_amplification([], 1e-6) == 0
+
+
+def test_sampling_amplifies():
+  some = [Releases(20, 0.01, 2.0)]
+  unamplified = accounting.epsilon_without_amplification(some, 1e-6)
+  assert 5 * quick(*some) < unamplified
+
+
+@given(
+  count=st.integers(1, 300),
+  sampling_prob=st.floats(1e-3, 0.05),
+  noise=st.floats(0.7, 3.0),
+  worse=st.sampled_from(["count", "sampling_prob", "noise"]),
+)
+@settings(deadline=None, max_examples=10)
+def test_more_updates_larger_batches_or_less_noise_cost_more(
+  count, sampling_prob, noise, worse
+):
+  spent = quick(Releases(count, sampling_prob, noise))
+  if worse == "count":
+    more = Releases(2 * count, sampling_prob, noise)
+  elif worse == "sampling_prob":
+    more = Releases(count, 1.5 * sampling_prob, noise)
+  else:
+    more = Releases(count, sampling_prob, noise / 1.5)
+  assert 0 < spent < quick(more)
+
+
+def test_the_coarse_grid_is_an_upper_bound_close_to_the_fine_one():
+  some = Releases(200, 0.01, 1.0)
+  fine = accounting.epsilon([some], 1e-6).value
+  assert fine <= quick(some) <= 1.03 * fine
+
+
+def test_many_different_sizes_use_the_coarse_grid():
+  # Or else the paper's schedule would take minutes.
+  sizes = [Releases(5, 0.001 * n, 1.0) for n in range(1, 10)]
+  found = accounting.epsilon(sizes, 1e-6)
+  assert found.settings == "discretisation interval 0.001"
+
+
+@given(st.lists(releases), st.randoms(use_true_random=False))
+def test_merging_forgets_order_and_nothing_else(some, random):
+  shuffled = list(some)
+  random.shuffle(shuffled)
+  merged = accounting.merged(some)
+
+  def sort(them):
+    return sorted(them, key=lambda r: (r.sampling_prob, r.noise_multiplier))
+
+  assert sort(merged) == sort(accounting.merged(shuffled))
+  pairs = [(r.sampling_prob, r.noise_multiplier) for r in merged]
+  assert len(pairs) == len(set(pairs))
+  for q, noise in {(r.sampling_prob, r.noise_multiplier) for r in some}:
+    counts = [
+      sum(
+        r.count
+        for r in them
+        if (r.sampling_prob, r.noise_multiplier) == (q, noise)
+      )
+      for them in (some, merged)
+    ]
+    assert counts[0] == counts[1]
+  assert all(r.count for r in merged)
+
+
+@given(st.lists(releases), st.integers(0, 300))
+def test_the_first_releases_are_a_prefix(some, n):
+  def expanded(them):
+    return [
+      (r.sampling_prob, r.noise_multiplier)
+      for r in them
+      for _ in range(r.count)
+    ]
+
+  first = accounting.first_releases(some, n)
+  assert expanded(first) == expanded(some)[:n]
+
+
+def test_the_order_of_updates_does_not_change_the_price():
+  some = [Releases(30, 0.01, 1.0), Releases(9, 0.02, 2.0)]
+  split = [some[1], Releases(10, 0.01, 1.0), Releases(20, 0.01, 1.0)]
+  assert quick(*split) == pytest.approx(quick(*some), rel=1e-9)
+
+
+def test_nothing_released_costs_nothing():
+  for nothing in ([], [Releases(0, 0.1, 1.0)]):
+    assert accounting.epsilon(nothing, 1e-6).value == 0
+
+
+def test_pld_is_left_out_where_it_would_not_fit_into_memory():
+  found = accounting.epsilon([Releases(10, 0.1, 0.1)], 1e-6)
+  assert found.value == found.rdp > 50
+  assert found.accountant == "RDP"
+  assert found.pld is None
+  assert found.note == "PLD not computed: the RDP bound exceeds 50"
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-310, 1e-160, 1e-120])
+def test_next_to_no_noise_costs_everything(noise):
+  some = [Releases(5, 0.01, 1.0), Releases(1, 0.01, noise)]
+  found = accounting.epsilon(some, 1e-6)
+  assert found.value == found.rdp == math.inf
+  assert found.as_dict()["value"] == "inf"
+  assert accounting.epsilon_without_amplification(some, 1e-6) == math.inf
+
+
+@pytest.mark.parametrize("delta", [0.0, 1.0, -1e-6, 2, math.nan])
+def test_refuses_what_is_no_delta(delta):
+  some = [Releases(1, 0.1, 1.0)]
+  for price in (
+    accounting.epsilon,
+    accounting.epsilon_without_amplification,
+    lambda _, d: accounting.check_delta(d),
+  ):
+    with pytest.raises(ValueError, match=r"delta=.* strictly between 0 and 1"):
+      price(some, delta)
+
+
+def test_refuses_an_unknown_relation():
+  with pytest.raises(ValueError, match=r"'replace_one' cannot .*'zero_out'"):
+    accounting.epsilon([Releases(1, 0.1, 1.0)], 1e-6, "replace_one")
+
+
+@pytest.mark.parametrize(
+  ("batches", "target", "relation"),
+  [
+    ([(60, 0.01), (40, 0.05)], 3.0, "add_or_remove_one"),
+    ([(1, 1.0)], 0.5, "zero_out"),
+  ],
+)
+@pytest.mark.usefixtures("coarse")
+def test_calibration_stays_within_the_budget_and_wastes_little(
+  batches, target, relation
+):
+  noise = accounting.calibrate_noise_multiplier(batches, target, 1e-6, relation)
+
+  def price(sigma):
+    them = [Releases(count, q, sigma) for count, q in batches]
+    return accounting.epsilon(them, 1e-6, relation).value
+
+  assert price(noise) <= target
+  assert price(noise - 0.001) > 0.999 * target
+  assert noise == round(noise, 4)
+
+
+@pytest.mark.usefixtures("coarse")
+def test_calibration_where_much_noise_costs_nothing():
+  assert quick(Releases(10, 0.01, 1e4), delta=1e-3) == 0
+  noise = accounting.calibrate_noise_multiplier([(10, 0.01)], 1.0, 1e-3)
+  price = quick(Releases(10, 0.01, noise), delta=1e-3)
+  assert 0.999 < price <= 1.0
+
+
+@pytest.mark.parametrize("target", [1e-9, 0, -1.0, math.inf, math.nan])
+def test_an_unreachable_budget_is_refused(target):
+  with pytest.raises(
+    ValueError, match=r"target_epsilon=.* no noise .* raise target_epsilon or"
+  ):
+    accounting.calibrate_noise_multiplier([(100, 1.0)], target, 1e-6)
+
+
+@pytest.mark.parametrize("spent", [[], [Releases(20, 0.02, 1.0)]])
+@pytest.mark.usefixtures("coarse")
+def test_affordable_updates_are_all_that_fit(spent):
+  coming = [Releases(15, 0.02, 1.0), Releases(40, 0.05, 1.0)]
+  target = 2.5
+  n = accounting.affordable_steps(spent, coming, target, 1e-6)
+  assert 0 < n < 55
+
+  def price(m):
+    both = [*spent, *accounting.first_releases(coming, m)]
+    return accounting.epsilon(both, 1e-6).value
+
+  assert price(n) <= target < price(n + 1)
+
+
+@pytest.mark.usefixtures("coarse")
+def test_what_is_spent_already_cannot_be_spent_again():
+  coming = [Releases(30, 0.05, 1.0)]
+  args = coming, 2.0, 1e-6
+  fresh = accounting.affordable_steps([], *args)
+  later = accounting.affordable_steps([Releases(5, 0.05, 1.0)], *args)
+  assert later == fresh - 5
+
+
+def test_a_wide_budget_affords_everything():
+  coming = [Releases(10, 0.01, 1.0), Releases(5, 0.01, 1.0)]
+  assert accounting.affordable_steps([], coming, 40.0, 1e-6) == 15
+  assert accounting.affordable_steps([], [], 40.0, 1e-6) == 0
+
+
+def test_a_spent_budget_affords_nothing():
+  spent = [Releases(10, 0.5, 0.3)]
+  coming = [Releases(4, 0.01, 1.0)]
+  assert accounting.affordable_steps(spent, coming, 1.0, 1e-6) == 0
+
+
+def test_dp_accountings_lines_about_orders_are_hidden(caplog):
+  with caplog.at_level(logging.DEBUG):
+    accounting.epsilon([Releases(10, 0.9, 0.05)], 1e-6)
+  assert not caplog.records
