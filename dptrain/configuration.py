@@ -21,6 +21,7 @@ _GIN_ERRORS = (
   ValueError,
   TypeError,
   OSError,
+  KeyError,
 )
 _NO_MACRO = re.compile(r"No bindings specified for '(.+)/gin\.macro'")
 _NO_VALUE = re.compile(
@@ -70,7 +71,7 @@ def training_run(
     )
   folders = [folder for folder in search_paths.split(",") if folder]
   folders.append(str(gin_folder()))
-  _check_files(files, folders)
+  files = [_found(file, folders) for file in files]
   gin.clear_config()
   try:
     with _searching(folders):
@@ -100,28 +101,34 @@ def _build() -> run_lib.TrainingRun:
   return run
 
 
-def _check_files(files: Sequence[str], folders: Sequence[str]) -> None:
-  for file in files:
-    places = [pathlib.Path(folder) / file for folder in folders]
-    if not any(place.is_file() for place in places):
-      looked = ", ".join(str(pathlib.Path(folder)) for folder in folders)
-      raise FileNotFoundError(
-        f"--gin_file={file} is in none of {looked}; add its folder to"
-        " --gin_search_paths."
-      )
+def _found(file: str, folders: Sequence[str]) -> str:
+  """The first of `folders` that has the file, and the file, as one path."""
+  places = [pathlib.Path(folder) / file for folder in folders]
+  for place in places:
+    if place.is_file():
+      return str(place.absolute())
+  looked = ", ".join(str(pathlib.Path(folder)) for folder in folders)
+  raise FileNotFoundError(
+    f"--gin_file={file} is in none of {looked}; add its folder to"
+    " --gin_search_paths."
+  )
 
 
 def _quoted(binding: str) -> str:
-  """Lets a plain word stand for a string: MODEL_DIR=runs/a needs no quotes."""
+  """Lets what is no gin value stand for a string: MODEL_DIR=runs/a."""
+  if binding.startswith(("import ", "from ")):
+    return binding
   name, equals, value = binding.partition("=")
   if not equals:
     raise ValueError(
       f"gin binding {binding!r} has no value; write NAME = VALUE."
     )
   value = value.strip()
-  if re.fullmatch(r"[~./A-Za-z_][\w./~:*{}?\[\],@+ -]*", value) and (
-    value not in ("True", "False", "None")
-  ):
+  try:
+    gin.config.parse_value(value)
+  except (SyntaxError, ValueError, tokenize.TokenError):
+    if value.startswith(("@", "%", "[", "(", "{", "'", '"')):
+      return binding  # meant as gin: its own error says what is wrong
     return f"{name.strip()} = {value!r}"
   return binding
 

@@ -31,7 +31,9 @@ class PrivacySettings:
     clipping: "flat" (to norm at most C), "normalized" (flat, then divided by
       C) or "automatic" (g / (|g| + gamma), arXiv 2206.07136).
     automatic_gamma: the gamma of automatic clipping.
-    relation: neighbouring relation, "zero_out" or "add_or_remove_one".
+    relation: neighbouring relation, "zero_out": the number of records is
+      public. Adding or removing a record would change it, and with it the
+      sampling probabilities.
     sampling: "poisson", the only one so far.
     unit: the privacy unit, "record" (one fixed-length sequence).
   """
@@ -67,7 +69,7 @@ class PrivacySettings:
         )
     for name, known in (
       ("clipping", CLIPPING_RULES),
-      ("relation", tuple(accounting.RELATIONS)),
+      ("relation", ("zero_out",)),
       ("sampling", ("poisson",)),
       ("unit", ("record",)),
     ):
@@ -86,9 +88,8 @@ class PrivacyPlan:
   Formal guarantee: unit: one record of the training store. Relation "zero_out":
   neighbouring corpora have the same public size N and differ in one record,
   which one of them replaces by a record that contributes nothing
-  (REPLACE_SPECIAL of dp-accounting, arXiv 2103.00039); "add_or_remove_one": one
-  record is added or removed, and N stands for a public constant near the
-  corpus size. Sensitivity: that of the clipping rule. Sampling probabilities,
+  (REPLACE_SPECIAL of dp-accounting, arXiv 2103.00039). Sensitivity: that of the
+  clipping rule. Sampling probabilities,
   expected_batch_size / num_examples, are constants of the plan.
 
   Attributes: those of `PrivacySettings`, with `noise_multiplier` decided, and

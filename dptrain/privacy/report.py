@@ -25,7 +25,6 @@ RELATION_TEXT = {
     "zero-out: two corpora of the same public size that differ in one unit,"
     " which one of them replaces by a unit that contributes nothing"
   ),
-  "add_or_remove_one": "one unit is added or removed",
 }
 # True of every run, whatever its configuration.
 _ALWAYS_UNPROTECTED = (
@@ -119,7 +118,7 @@ class PrivacyReport:
       )
     return (
       "The trained parameters, and every checkpoint of every branch, together"
-      f" are ({_rounded_up(self.epsilon.value)}, {self.delta})-differentially"
+      f" are ({rounded_up(self.epsilon.value)}, {self.delta})-differentially"
       " private."
       f" Protected is {self.unit}."
     )
@@ -130,17 +129,17 @@ class PrivacyReport:
     clipping = f"{plan['clipping']}, l2_clip_norm {plan['l2_clip_norm']:g}"
     if plan["clipping"] == "automatic":
       clipping = f"automatic, gamma {plan['automatic_gamma']:g}"
-    pld = _rounded_up(eps.pld) if eps.pld is not None else eps.note
-    unamplified = _rounded_up(self.epsilon_without_amplification)
+    pld = rounded_up(eps.pld) if eps.pld is not None else eps.note
+    unamplified = rounded_up(self.epsilon_without_amplification)
     return [
       ("privacy unit", self.unit),
       ("neighbouring corpora", self.relation),
       (
         "epsilon",
-        f"{_rounded_up(eps.value)} ({eps.accountant}, {eps.settings})",
+        f"{rounded_up(eps.value)} ({eps.accountant}, {eps.settings})",
       ),
       ("delta", f"{self.delta}"),
-      ("epsilon by RDP / PLD", f"{_rounded_up(eps.rdp)} / {pld}"),
+      ("epsilon by RDP / PLD", f"{rounded_up(eps.rdp)} / {pld}"),
       (
         "without amplification",
         f"{unamplified} (as if every update had read every record)",
@@ -231,7 +230,7 @@ def write_report(ledger: ledger_lib.Ledger, directory: pathlib.Path) -> None:
     draft.replace(directory / name)
 
 
-def _rounded_up(bound: float) -> str:
+def rounded_up(bound: float) -> str:
   """Four digits, never below `bound`: less would claim too much."""
   context = decimal.Context(prec=4, rounding=decimal.ROUND_CEILING)
   return f"{float(context.create_decimal_from_float(bound)):.4g}"

@@ -100,12 +100,15 @@ class _Loop:
           f"the budget, epsilon {self.plan.target_epsilon:g}, allows {limit} of"
           f" {self.plan.num_steps} updates"
         )
+      chosen = self.prepared.clipping
+      progress_lib.say(f"clipping: {chosen.method} ({chosen.reason})")
       if step >= limit:
         progress_lib.say(f"all {step} updates are made: nothing left to do")
       try:
         while step < limit:
-          state, statistics = self._update(step, state)
-          step += 1
+          # Bound together: an interrupt must not save a state under another
+          # update's number.
+          step, state, statistics = self._update(step, state)
           self._after_update(step, limit, state, statistics, progress)
           if self._due(step, self.run.checkpoints.period) and step < limit:
             self._save(checkpoints, step, state)
@@ -151,7 +154,7 @@ class _Loop:
       self.plan.relation,
     )
 
-  def _update(self, step: int, state: Any) -> tuple[Any, Any]:
+  def _update(self, step: int, state: Any) -> tuple[int, Any, Any]:
     """One update: the only road from private examples to parameters."""
     release = self.plan.release(step)
     indices = sampling.poisson_sample(
@@ -176,7 +179,7 @@ class _Loop:
       noise_multiplier=release.noise_multiplier,
       expected_batch_size=float(self.plan.expected_batch_size(step)),
     )
-    return {"params": params, "opt_state": opt_state}, statistics
+    return step + 1, {"params": params, "opt_state": opt_state}, statistics
 
   def _key(self, purpose: str, step: int) -> jax.Array:
     return self.prepared.seed.key(purpose, self.branch.name, step)
@@ -192,10 +195,11 @@ class _Loop:
     progress.advance(self.plan.expected_batch_size(step - 1))
     curves: dict[str, float] = {}
     if self._due(step, self.run.log_period) or step == limit:
-      epsilon = self.epsilon(self.ledger)
-      progress.show(epsilon=f"{epsilon:.3f}")
-      curves |= {"epsilon": epsilon}
       curves |= {f"unprotected/{k}": float(v) for k, v in statistics.items()}
+      epsilon = self.epsilon(self.ledger, now=step == limit)
+      if epsilon is not None:
+        progress.show(epsilon=f"{epsilon:.3f} at {step}")
+        curves |= {"epsilon": epsilon}
     if self.prepared.evaluator and (
       self._due(step, self.run.evaluation.period) or step == limit
     ):
@@ -221,7 +225,13 @@ class _Loop:
       state,
       {"branch": self.branch.name, "ledger": self.ledger.segments()},
     )
-    report_lib.write_report(self.ledger, self.directory)
+    try:
+      report_lib.write_report(self.ledger, self.directory)
+    except OSError as error:
+      progress_lib.say(
+        f"the privacy report could not be written ({error}); training goes on,"
+        f" and `dptrain report {self.directory}` can make it from the ledger"
+      )
 
   def _result(self, step: int, state: Any) -> run_lib.TrainingResult:
     if self.evaluation is None and self.prepared.evaluator:
@@ -249,21 +259,23 @@ class _Loop:
 
 
 class _EpsilonMeter:
-  """Epsilon spent, recomputed no more than a twentieth of the time."""
+  """Epsilon spent, computed in no more than a twentieth of the time."""
 
   def __init__(self, delta: float, relation: str):
     self._delta, self._relation = delta, relation
-    self._value, self._cost, self._at = 0.0, 0.0, -float("inf")
+    self._cost, self._at = 0.0, -float("inf")
 
-  def __call__(self, ledger: ledger_lib.Ledger) -> float:
-    now = time.monotonic()
-    if now - self._at >= 20 * self._cost:
-      self._value = accounting.epsilon(
-        ledger.releases(), self._delta, self._relation, quick=True
-      ).value
-      self._at = time.monotonic()
-      self._cost = self._at - now
-    return self._value
+  def __call__(self, ledger: ledger_lib.Ledger, now: bool) -> float | None:
+    """What `ledger` costs; None if it is too early to ask, unless `now`."""
+    begin = time.monotonic()
+    if not now and begin - self._at < 20 * self._cost:
+      return None
+    value = accounting.epsilon(
+      ledger.releases(), self._delta, self._relation, quick=True
+    ).value
+    self._at = time.monotonic()
+    self._cost = self._at - begin
+    return value
 
 
 @contextlib.contextmanager

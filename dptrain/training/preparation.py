@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from dptrain.clipping import methods
 from dptrain.clipping import rules
 from dptrain.data import batches
 from dptrain.data import store as store_lib
@@ -34,6 +35,7 @@ class Preparation(NamedTuple):
     evaluator: the validation split under fixed masks; None without one.
     objective: masking and model.
     step: the private step.
+    clipping: how it clips, and why so.
     batch: shapes of a physical batch.
     lineage: digest of what decides the gradients.
     environment: digest of what may change their rounding.
@@ -45,6 +47,7 @@ class Preparation(NamedTuple):
   evaluator: evaluation_lib.Evaluator | None
   objective: objective_lib.Objective
   step: step_lib.PrivateStep
+  clipping: methods.Choice
   batch: dict[str, jax.ShapeDtypeStruct]
   lineage: str
   environment: str
@@ -105,6 +108,15 @@ def prepare(
   )
   _declare_unprotected(run, ledger, validation)
   objective = objective_lib.Objective(run.model, run.masking)
+  batch = _batch_shapes(run)
+  params = jax.eval_shape(objective.model.init, seed.key("shapes", branch=""))
+  clipping = methods.choose(
+    objective.losses,
+    params,
+    batch,
+    jax.eval_shape(lambda: jax.random.split(seed.key("shapes", branch=""))),
+    run.clipping_method,
+  )
   step = step_lib.PrivateStep(
     loss_fn=objective.losses,
     rule=rules.ClippingRule(
@@ -112,9 +124,8 @@ def prepare(
     ),
     optimizer=run.optimizer,
     collect_statistics=run.unprotected_training_metrics,
+    clipping_method=clipping,
   )
-  batch = _batch_shapes(run)
-  params = jax.eval_shape(objective.model.init, seed.key("shapes", branch=""))
   return Preparation(
     plan=plan,
     seed=seed,
@@ -124,6 +135,7 @@ def prepare(
     else None,
     objective=objective,
     step=step,
+    clipping=clipping,
     batch=batch,
     lineage=lineage_lib.lineage(
       plan=plan.as_dict(),

@@ -7,6 +7,7 @@ from typing import Any
 
 import tqdm
 
+from dptrain.privacy import report
 from dptrain.training import run as run_lib
 
 
@@ -96,13 +97,13 @@ def summary(
   ]
   if result.accuracy is not None and result.baseline_accuracy is not None:
     lines.append(
-      f"validation MLM accuracy {100 * result.accuracy:.2f} %   (always"
+      f"validation accuracy    {100 * result.accuracy:.2f} %   (always"
       " guessing the most frequent token:"
       f" {100 * result.baseline_accuracy:.2f} %)"
     )
   claimed = "" if claim else "   FIXED SEED: NO PRIVACY CLAIM"
   lines += [
-    f"privacy                epsilon {result.epsilon:.4g}, delta"
+    f"privacy                epsilon {report.rounded_up(result.epsilon)}, delta"
     f" {result.delta:g}{claimed}",
     f"model                  {directory / 'checkpoints'}",
     f"privacy report         {directory / 'privacy_report.txt'}",

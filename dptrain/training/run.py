@@ -4,6 +4,7 @@ import dataclasses
 
 import optax
 
+from dptrain.clipping import methods
 from dptrain.data import masking as masking_lib
 from dptrain.data import vocabulary as vocabulary_lib
 from dptrain.models import masked_lm
@@ -27,6 +28,8 @@ class TrainingRun:
     sequence_length: T, tokens of one record; a record is the privacy unit.
     physical_batch_size: records whose gradients are in memory at once; changes
       speed and memory, never the result.
+    clipping_method: "auto", "one_pass", "two_pass" or "vmap": changes speed and
+      memory, never the result (`dptrain.clipping.methods`).
     vocabulary: how the vocabulary is trained, or where it is.
     masking: what is masked.
     checkpoints: when to save.
@@ -48,6 +51,7 @@ class TrainingRun:
   optimizer: optax.GradientTransformation
   sequence_length: int
   physical_batch_size: int
+  clipping_method: str = "auto"
   vocabulary: vocabulary_lib.VocabularySettings = dataclasses.field(
     default_factory=vocabulary_lib.VocabularySettings
   )
@@ -79,6 +83,11 @@ class TrainingRun:
       settings.check_flag(f"TrainingRun.{name}", getattr(self, name))
     if self.fixed_seed is not None:
       settings.check_whole("TrainingRun.fixed_seed", self.fixed_seed, least=0)
+    if self.clipping_method not in methods.METHODS:
+      raise ValueError(
+        f"TrainingRun.clipping_method={self.clipping_method!r} is unknown; use"
+        f" one of {', '.join(map(repr, methods.METHODS))}."
+      )
     self.model.check(self.sequence_length, self.model.bert.vocab_size)
 
 

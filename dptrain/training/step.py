@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dptrain.clipping import methods
 from dptrain.clipping import per_example
 from dptrain.clipping import rules
 from dptrain.privacy import noise
@@ -71,12 +72,16 @@ class PrivateStep:
     rule: the clipping rule.
     optimizer: any optax transformation.
     collect_statistics: also sum `Statistics`, which are not protected.
+    clipping_method: how clipped sums are computed, one of `methods.METHODS`,
+      or what `methods.choose` returned; changes speed and memory, not the
+      result.
   """
 
   loss_fn: per_example.PerExampleLoss
   rule: rules.ClippingRule
   optimizer: optax.GradientTransformation
   collect_statistics: bool = False
+  clipping_method: str | methods.Choice = "auto"
 
   def zeros(self, params: Params, batch: Batch) -> Accumulator:
     """An empty accumulator.
@@ -172,8 +177,14 @@ class PrivateStep:
       examples_key, batch["example_ids"]
     )
     is_padding = batch["is_padding"]
-    clipped = per_example.clipped_sum(
-      self.loss_fn, params, batch, keys, is_padding, self.rule
+    clipped = methods.clipped_sum(
+      self.loss_fn,
+      params,
+      batch,
+      keys,
+      is_padding,
+      self.rule,
+      self.clipping_method,
     )
     count = clipped.contributes
 

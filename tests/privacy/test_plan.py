@@ -66,7 +66,7 @@ def test_a_plan_keeps_every_setting():
     l2_clip_norm=0.5,
     clipping="automatic",
     automatic_gamma=0.02,
-    relation="add_or_remove_one",
+    relation="zero_out",
   )
   plan = make_plan(chosen, 1000)
   for field in dataclasses.fields(chosen):

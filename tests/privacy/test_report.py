@@ -267,7 +267,7 @@ def test_hardly_any_noise_is_told_in_narrow_text_and_valid_json(
     updates=9,
     noise_multiplier=noise,
     clipping="automatic",
-    relation="add_or_remove_one",
+    relation="zero_out",
     target_epsilon=None,
   )
   report = report_lib.make_report(ledger)
@@ -277,7 +277,7 @@ def test_hardly_any_noise_is_told_in_narrow_text_and_valid_json(
   assert "PLD not computed" in text
   assert "budget none" in text
   assert "clipping automatic, gamma 0.01" in text
-  assert "one unit is added or removed" in text
+  assert "zero-out" in text
   assert data["epsilon"]["pld"] is None
   if value:
     assert data["epsilon"]["value"] == value

@@ -149,7 +149,12 @@ def test_a_finished_run_is_left_alone(copy, capfd):
 def test_updates_without_any_example(tmp_path):
   """Nearly all draws are empty; training goes on, by noise alone."""
   result = small_run.train(
-    tmp_path, sizes=(1, 1), steps=4, corpus={"num_examples": 100_000}, period=0
+    tmp_path,
+    sizes=(1, 1),
+    steps=4,
+    delta=1e-6,
+    corpus={"num_examples": 100_000},
+    period=0,
   )
   assert result.step == 4
   _, state = small_run.newest_state(tmp_path)

@@ -11,13 +11,13 @@ LARGE = 65_536
 
 
 def peak_kilobytes(directory, expected):
-  """Peak resident memory of a program that makes one update."""
+  """Peak resident memory of a program whose second update is that large."""
   options = {
     "steps": 2,
-    "sizes": [expected, expected],
+    "sizes": [256, expected],
     "noise": 50.0,
     "width": 8,
-    "physical_batch_size": 128,
+    "physical_batch_size": 256,
     "period": 0,
     # The same corpus in both; no validation records, to be quick.
     "corpus": {"num_examples": LARGE, "validation": False},
