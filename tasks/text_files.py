@@ -214,7 +214,7 @@ def _lines(corpus: _TextFiles, path: str) -> Iterator[str]:
         raise ValueError(
           f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset "
           f"{offset + error.start}; convert the file, or set "
-          "encoding_errors='replace'"
+          "encoding_errors='replace' (--gin.ENCODING_ERRORS=replace)"
         ) from error
       yield line if offset else line.removeprefix(_BYTE_ORDER_MARK)
       offset += len(raw)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dptrain.clipping import parameter_trees
 from dptrain.clipping import per_example
 from dptrain.clipping import products
 from dptrain.clipping import taps
@@ -100,7 +101,7 @@ def _differentiate(
   shapes: Mapping[Path, tuple[tuple[int, ...], Any]],
 ) -> tuple[dict[Path, jax.Array], dict[Path, jax.Array], jax.Array, Any]:
   """Gradients of copies per example and of taps; losses; aux."""
-  flat = taps.leaves_by_path(params)
+  flat = parameter_trees.leaves_by_path(params)
   tapped = {use.weight for use in uses}
   size = keys.shape[0]
   fixed = {path: leaf for path, leaf in flat.items() if path in tapped}
@@ -115,7 +116,7 @@ def _differentiate(
   }
 
   def one(own: Any, zeros: Any, example: Any, key: jax.Array) -> Any:
-    tree = taps.nested({**fixed, **own, **zeros})
+    tree = parameter_trees.with_leaves(params, {**fixed, **own, **zeros})
     with taps.tapped():
       losses, aux = loss_fn(
         tree, jax.tree.map(lambda x: x[None], example), key[None]
@@ -188,11 +189,16 @@ def _uses_by_weight(
 def _factors(
   uses: list[taps.Use], seen: Mapping[tuple[Path, int], taps.Captured]
 ) -> tuple[jax.Array, jax.Array]:
-  """Inputs and gradients of all `uses` of one weight, as of one use."""
-  return (
-    products.joined([seen[use.name].inputs for use in uses]),
-    products.joined([seen[use.name].gradients for use in uses]),
-  )
+  """Factors of all `uses` of one weight, as of one use.
+
+  Y = A W^T is to W what Y^T = W A^T is: its factors change sides.
+  """
+  pairs = [
+    seen[use.name][::-1] if use.kind == "attend" else seen[use.name]
+    for use in uses
+  ]
+  left, right = zip(*pairs, strict=True)
+  return products.joined(left), products.joined(right)
 
 
 def _weight_squares(
@@ -201,34 +207,38 @@ def _weight_squares(
   grams: dict[tuple[Path, int], jax.Array],
 ) -> jax.Array:
   """Squared norms [B]; `grams` keeps those of inputs that layers share."""
-  if by_kind["product"]:
-    uses = by_kind["product"]
-    inputs, gradients = _factors(uses, seen)
-    if not products.prefers_gram(
-      inputs.shape[2], inputs.shape[3], gradients.shape[3]
-    ):
-      return products.product_squares(inputs, gradients)
-    if len(uses) > 1:
-      left = products.gram(inputs)
-    else:
-      name = uses[0].same_inputs or uses[0].name
-      if name not in grams:
-        grams[name] = products.gram(inputs)
-      left = grams[name]
-    return products.gram_squares(left, products.gram(gradients))
   total: Any = 0.0
-  if by_kind["attend"]:
-    queries, logits = _factors(by_kind["attend"], seen)
-    total += products.gram_squares(
-      products.gram(queries), products.gram(logits)
-    )
+  uses = by_kind["product"] + by_kind["attend"]
+  if uses:
+    left, right = _factors(uses, seen)
+    total += _product_squares(uses, left, right, grams)
   if by_kind["lookup"]:
     ids, gradients = _factors(by_kind["lookup"], seen)
     total += products.lookup_squares(ids, gradients)
-    if by_kind["attend"]:
-      crossed = products.lookup_attend_products(ids, gradients, queries, logits)
+    if uses:
+      crossed = products.lookup_attend_products(ids, gradients, right, left)
       total += 2.0 * crossed
   return jnp.maximum(total, 0.0)
+
+
+def _product_squares(
+  uses: list[taps.Use],
+  left: jax.Array,
+  right: jax.Array,
+  grams: dict[tuple[Path, int], jax.Array],
+) -> jax.Array:
+  attended = any(use.kind == "attend" for use in uses)
+  # A gradient of the size of the vocabulary is never formed.
+  if not attended and not products.prefers_gram(
+    left.shape[2], left.shape[3], right.shape[3]
+  ):
+    return products.product_squares(left, right)
+  if attended or len(uses) > 1:
+    return products.gram_squares(products.gram(left), products.gram(right))
+  name = uses[0].same_inputs or uses[0].name
+  if name not in grams:
+    grams[name] = products.gram(left)
+  return products.gram_squares(grams[name], products.gram(right))
 
 
 def _weight_sum(
@@ -238,15 +248,11 @@ def _weight_sum(
   rows: int,
 ) -> jax.Array:
   """Weighted gradient of one weight, with its stacked layers in front."""
-  if by_kind["product"]:
-    return products.weighted_product(
-      scales, *_factors(by_kind["product"], seen)
-    )
   parts = []
   if by_kind["lookup"]:
     ids, gradients = _factors(by_kind["lookup"], seen)
     parts.append(products.weighted_lookup(scales, ids, gradients, rows))
-  if by_kind["attend"]:
-    queries, logits = _factors(by_kind["attend"], seen)
-    parts.append(products.weighted_product(scales, logits, queries))
+  uses = by_kind["product"] + by_kind["attend"]
+  if uses:
+    parts.append(products.weighted_product(scales, *_factors(uses, seen)))
   return sum(parts[1:], start=parts[0])

@@ -19,8 +19,11 @@ import jax
 import jax.numpy as jnp
 
 from dptrain.clipping import book_keeping
+from dptrain.clipping import checking
+from dptrain.clipping import parameter_trees
 from dptrain.clipping import per_example
 from dptrain.clipping import rules
+from dptrain.clipping import survey
 from dptrain.clipping import taps
 from dptrain.clipping import two_pass
 
@@ -65,7 +68,9 @@ def choose(
     The choice.
 
   Raises:
-    ValueError: unknown method.
+    TypeError: one_pass or two_pass was asked for, but the parameters are not
+      nested dictionaries of arrays.
+    ValueError: unknown method, or a layer's rule does not fit it.
   """
   if method not in METHODS:
     raise ValueError(
@@ -74,13 +79,16 @@ def choose(
   if method == "vmap":
     return Choice("vmap", (), "as asked")
   try:
-    uses = taps.survey(loss_fn, params, _one(batch), _one(keys))
-  except TypeError as error:
+    uses = survey.survey(loss_fn, params, _one(batch), _one(keys))
+  except Exception as error:
+    # A loss may refuse the extra entries beside its parameters in any way.
     if method != "auto":
       raise
-    return Choice("vmap", (), str(error))
+    return Choice("vmap", (), f"{type(error).__name__}: {error}")
   kept = sum(math.prod(shape) for shape, _ in taps.tap_shapes(uses).values())
-  shapes = {p: x.shape for p, x in taps.leaves_by_path(params).items()}
+  shapes = {
+    p: x.shape for p, x in parameter_trees.leaves_by_path(params).items()
+  }
   formed = sum(math.prod(shapes[path]) for path in {u.weight for u in uses})
   share = f"{formed:,} of {sum(map(math.prod, shapes.values())):,} parameters"
   told = f"{share} are tapped, keeping {kept:,} activations per example"
@@ -154,7 +162,9 @@ def clipped_sum(
   kept = book_keeping.backward(loss_fn, params, batch, keys, method.uses)
   squares = book_keeping.squared_norms(method.uses, kept)
   clip = per_example.clip_factors(squares, kept.losses, is_padding, rule)
-  shapes = {p: x.shape for p, x in taps.leaves_by_path(params).items()}
+  shapes = {
+    p: x.shape for p, x in parameter_trees.leaves_by_path(params).items()
+  }
 
   def weighted(kept: book_keeping.Kept) -> dict[taps.Path, jax.Array]:
     return book_keeping.weighted_sum(method.uses, kept, clip.scales, shapes)
@@ -167,13 +177,64 @@ def clipped_sum(
     return weighted(kept._replace(own=own, seen=seen))
 
   total = jax.lax.cond(jnp.all(clip.finite), weighted, weighted_finite, kept)
-  gradients = jax.tree.unflatten(
-    jax.tree.structure(params),
-    [total[path] for path in taps.leaves_by_path(params)],
-  )
   return per_example.ClippedSum(
-    gradients, kept.losses, clip.norms, clip.contributes, kept.aux
+    parameter_trees.like(params, total),
+    kept.losses,
+    clip.norms,
+    clip.contributes,
+    kept.aux,
   )
+
+
+def check_against_vmap(
+  loss_fn: per_example.PerExampleLoss,
+  params: Any,
+  batch: Any,
+  keys: jax.Array,
+  *,
+  method: str = "one_pass",
+  rtol: float = 1e-5,
+) -> None:
+  """Holds a method's norms and sums against those of vmap.
+
+  Run it once for every rule given to `taps.register`, on a small model and a
+  batch whose rows differ. Example:
+
+  >>> import flax.linen as nn, jax, jax.numpy as jnp
+  >>> model = nn.Dense(3)
+  >>> x = jax.random.normal(jax.random.key(0), (4, 5, 2))
+  >>> params = model.init(jax.random.key(1), x)["params"]
+  >>> def losses(params, batch, keys):
+  ...   return jnp.sum(model.apply({"params": params}, batch) ** 2, (1, 2)), {}
+  >>> keys = jax.random.split(jax.random.key(2), 4)
+  >>> check_against_vmap(losses, params, x, keys, method="two_pass")
+
+  Compared are, for each parameter, its per-example norms and its part of a sum
+  in which every example is clipped. An error counts relative to the parameter's
+  own norm and a tenth of the whole gradient's, which rounding follows.
+
+  Args:
+    loss_fn: per-example losses.
+    params: nested dict of arrays P*.
+    batch: tree of arrays [B, ...], all finite.
+    keys: typed PRNG keys [B].
+    method: "one_pass" or "two_pass".
+    rtol: the largest error; in bfloat16, about 0.02.
+
+  Raises:
+    ValueError: they differ; the message names the worst parameter.
+  """
+  uses = choose(loss_fn, params, batch, keys, method).uses
+  errors = checking.errors(loss_fn, params, batch, keys, method, uses)
+  worst = max(errors, key=lambda path: errors[path][0], default=None)
+  # Written so that nan fails.
+  if worst is not None and not errors[worst][0] <= rtol:
+    error, what = errors[worst]
+    raise ValueError(
+      f"{method} gets the {what} of parameter {'/'.join(worst)!r} wrong by"
+      f" {error:.2g} of its size, more than rtol={rtol:g}; correct the rule of"
+      " its layer, or use method 'vmap'."
+    )
 
 
 def _one(tree: Any) -> Any:

@@ -32,7 +32,9 @@ def product_squares(inputs: jax.Array, gradients: jax.Array) -> jax.Array:
   product = jnp.einsum(
     "bstd,bstp->bsdp", _wide(inputs), _wide(gradients), precision=_EXACT
   )
-  return jnp.sum(jnp.square(product), axis=(1, 2, 3))
+  norms = jnp.sqrt(jnp.sum(jnp.square(product), axis=(2, 3)))
+  terms = jnp.sum(_row_norms(inputs) * _row_norms(gradients), axis=2)
+  return jnp.sum(jnp.square(norms + _rounding(norms) * terms), axis=1)
 
 
 def gram_squares(left: jax.Array, right: jax.Array) -> jax.Array:
@@ -40,7 +42,10 @@ def gram_squares(left: jax.Array, right: jax.Array) -> jax.Array:
 
   |A^T G|^2 = sum of the entries of (A A^T) * (G G^T) (arXiv 2110.05679).
   """
-  return jnp.maximum(jnp.sum(left * right, axis=(1, 2, 3)), 0.0)
+  found = jnp.maximum(jnp.sum(left * right, axis=(2, 3)), 0.0)
+  diagonals = [jnp.diagonal(x, axis1=2, axis2=3) for x in (left, right)]
+  terms = jnp.sum(jnp.sqrt(diagonals[0] * diagonals[1]), axis=2)
+  return jnp.sum(found + _rounding(found) * jnp.square(terms), axis=1)
 
 
 def squares(inputs: jax.Array, gradients: jax.Array) -> jax.Array:
@@ -61,7 +66,12 @@ def lookup_squares(ids: jax.Array, gradients: jax.Array) -> jax.Array:
     [B].
   """
   same = ids[..., :, None] == ids[..., None, :]
-  return jnp.sum(jnp.where(same, gram(gradients), 0.0), axis=(1, 2, 3))
+  products = gram(gradients)
+  norms = jnp.sqrt(jnp.diagonal(products, axis1=2, axis2=3))
+  terms = norms[..., :, None] * norms[..., None, :]
+  total = products + _rounding(products) * terms
+  found = jnp.sum(jnp.where(same, total, 0.0), axis=(1, 2, 3))
+  return jnp.maximum(found, 0.0)
 
 
 def lookup_attend_products(
@@ -81,11 +91,24 @@ def lookup_attend_products(
   Returns:
     [B]: sum over t, m of logit_gradients[m, ids[t]] * (queries G^T)[m, t].
   """
-  picked = jnp.take_along_axis(logit_gradients, jnp.expand_dims(ids, 2), axis=3)
+  # An id that is out of range has no logit: it must not pick nan.
+  picked = _wide(
+    jnp.take_along_axis(
+      logit_gradients,
+      jnp.expand_dims(ids, 2),
+      axis=3,
+      mode="fill",
+      fill_value=0,
+    )
+  )
   crossed = jnp.einsum(
     "bsmd,bstd->bsmt", _wide(queries), _wide(gradients), precision=_EXACT
   )
-  return jnp.sum(_wide(picked) * crossed, axis=(1, 2, 3))
+  terms = (
+    _row_norms(queries)[..., :, None] * _row_norms(gradients)[..., None, :]
+  )
+  total = picked * crossed + _rounding(crossed) * jnp.abs(picked) * terms
+  return jnp.sum(total, axis=(1, 2, 3))
 
 
 def weighted_product(
@@ -120,6 +143,19 @@ def weighted_lookup(
 def joined(parts: Sequence[jax.Array]) -> jax.Array:
   """Rows of several uses of one weight, as if they had been one use."""
   return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=2)
+
+
+def _row_norms(x: jax.Array) -> jax.Array:
+  return jnp.sqrt(jnp.sum(jnp.square(_wide(x)), axis=-1))
+
+
+def _rounding(x: jax.Array) -> jax.Array:
+  """What a norm is lengthened by, relative to the terms that it sums.
+
+  Where these cancel, rounding would be most of what is left: without it, a norm
+  could come out as 0.
+  """
+  return jnp.asarray(jnp.finfo(x.dtype).eps, x.dtype)
 
 
 def _wide(x: jax.Array) -> jax.Array:

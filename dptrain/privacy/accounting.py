@@ -9,6 +9,7 @@ with its settings.
 from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 
@@ -137,10 +138,20 @@ def epsilon(
     ValueError: unknown relation or delta out of range.
   """
   check_delta(delta)
-  neighbouring = _relation(relation)
-  composed = merged(releases)
+  _relation(relation)
+  composed = tuple(merged(releases))
   if not composed:
     return Epsilon(0.0, "RDP", "nothing released", 0.0, 0.0)
+  return _bound(composed, delta, relation, quick)
+
+
+# A run asks for the same bound when it starts, when it saves and at its end.
+@functools.lru_cache(maxsize=64)
+def _bound(
+  composed: tuple[Releases, ...], delta: float, relation: str, quick: bool
+) -> Epsilon:
+  """`epsilon` of releases that are merged and not empty."""
+  neighbouring = _relation(relation)
   if _without_noise(composed):
     note = f"PLD not computed: noise below {_SMALLEST_NOISE:g} counts as none"
     return Epsilon(math.inf, "RDP", "no noise", math.inf, None, note)

@@ -210,6 +210,7 @@ class Ledger:
     checkpoint_step: int,
     lineage: str,
     environment: str,
+    state: str = "",
   ) -> Branch:
     """The branch on which training goes on from a checkpoint.
 
@@ -218,6 +219,8 @@ class Ledger:
       checkpoint_step: updates that the checkpoint contains.
       lineage: digest of what decides the gradients now.
       environment: what may change their rounding.
+      state: digest of the arrays that a new branch would start from, which may
+        hold settings (a learning rate, say) that no program shows.
 
     Returns:
       The checkpoint's own branch if continuing it repeats what it released or
@@ -239,7 +242,7 @@ class Ledger:
       or not self._repeats_exactly(branch.name, checkpoint_step, environment)
     ):
       branch = self._fork(
-        checkpoint_branch, checkpoint_step, lineage, environment
+        checkpoint_branch, checkpoint_step, lineage, environment, state
       )
     if self._environments[branch.name][-1][1] != environment:
       self._append(
@@ -253,12 +256,14 @@ class Ledger:
     return branch
 
   def _fork(
-    self, parent: str, step: int, lineage: str, environment: str
+    self, parent: str, step: int, lineage: str, environment: str, state: str
   ) -> Branch:
     # The same fork may have been made before and have gone on under another
     # rounding: then it cannot be repeated, and its next namesake is taken.
     for attempt in itertools.count():
-      name = _digest(parent, str(step), lineage, environment, str(attempt))
+      name = _digest(
+        parent, str(step), lineage, environment, state, str(attempt)
+      )
       if name not in self._branches:
         branch = Branch(name, parent, step, lineage, environment)
         self._append({"kind": "branch", **branch._asdict()})
@@ -409,6 +414,7 @@ def opened(directory: pathlib.Path) -> Iterator[Ledger]:
   """
   path = directory / LEDGER_FILE
   with open(path, "ab", buffering=0) as file:
+    _keep_name(directory)
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -438,6 +444,15 @@ def read(directory: pathlib.Path) -> Ledger:
   if not ledger.header:
     raise LedgerError(f"{path} is empty: nothing was released yet.")
   return ledger
+
+
+def _keep_name(directory: pathlib.Path) -> None:
+  """Makes the name of a new file in `directory` survive a power cut."""
+  descriptor = os.open(directory, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
 
 
 def _digest(*parts: str) -> str:

@@ -33,6 +33,10 @@ _ALWAYS_UNPROTECTED = (
   " whole.",
   "Choices made by looking at results on this corpus (hyper-parameters, when to"
   " stop) are not priced.",
+  "Other runs on the same records, copies of MODEL_DIR that were trained on,"
+  " and the choice of where to fork: each costs privacy that this report does"
+  " not add.",
+  "Time: how long updates take tells about how many records they drew.",
   "The secret seed in MODEL_DIR: whoever has it can subtract the noise. Never"
   " publish it.",
   "Noise is drawn in float32 by a counter-based generator with 64-bit keys:"

@@ -162,7 +162,7 @@ class Checkpoints:
         f"none of the {len(steps)} checkpoints in {self._root / CHECKPOINTS}"
         f" could be read; they are now in {self._root / DAMAGED}. Restore one"
         " from a backup, or run again to repeat the run from its start (that"
-        " releases nothing new)."
+        " releases nothing new if nothing has changed)."
       )
     return None
 
@@ -177,6 +177,8 @@ class Checkpoints:
     )["state"]
     if metadata["digest"] != state_digest(jax.device_get(state)):
       raise ValueError("its content does not match its digest")
+    if metadata["step"] != step:
+      raise ValueError(f"it is that of update {metadata['step']}, renamed")
     return Restored(step, state, metadata)
 
   def _check_shapes(

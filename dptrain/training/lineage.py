@@ -14,12 +14,20 @@ import json
 import os
 import pathlib
 import platform
+import secrets
 from typing import Any
 
 import jax
 
 import dptrain
 from dptrain.training import step as step_lib
+
+_NUMERIC_FLAGS = (
+  "XLA_FLAGS",
+  "NVIDIA_TF32_OVERRIDE",
+  "CUBLAS_WORKSPACE_CONFIG",
+)
+_CPU_LINES = ("model name", "flags", "Features")
 
 
 def lineage(
@@ -62,10 +70,15 @@ def environment(physical_batch_size: int) -> str:
     "physical_batch_size": physical_batch_size,
     "devices": [device.device_kind for device in jax.devices()],
     "processes": jax.process_count(),
-    "machine": [platform.machine(), os.cpu_count()],
-    "flags": os.environ.get("XLA_FLAGS", ""),
-    "versions": [importlib.metadata.version(p) for p in ("jax", "jaxlib")],
+    "machine": [platform.machine(), os.cpu_count(), _cpu_features()],
+    "flags": [os.environ.get(name, "") for name in _NUMERIC_FLAGS],
+    "versions": _numeric_packages(),
   }
+  if jax.default_backend() == "gpu" and (
+    "--xla_gpu_deterministic_ops=true" not in os.environ.get("XLA_FLAGS", "")
+  ):
+    # Atomics: even the same machine does not repeat itself.
+    parts["unrepeatable"] = secrets.token_hex(16)
   return _digest(json.dumps(parts, sort_keys=True))
 
 
@@ -104,6 +117,31 @@ def program_digest(
     for traced in (accumulate, finish)
   ]
   return _digest("\n".join(texts))
+
+
+@functools.cache
+def _cpu_features() -> str:
+  """What the processor can do, where the system tells: it decides rounding."""
+  try:
+    text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
+  except OSError:
+    return platform.processor()
+  told = {line for line in text.splitlines() if line.startswith(_CPU_LINES)}
+  return _digest("\n".join(sorted(told)))
+
+
+@functools.cache
+def _numeric_packages() -> tuple[str, ...]:
+  """Versions of what computes: jax, and the libraries and plugins under it."""
+  found = {
+    (package.metadata["Name"] or "").lower(): package.version
+    for package in importlib.metadata.distributions()
+  }
+  return tuple(
+    f"{name} {version}"
+    for name, version in sorted(found.items())
+    if name.startswith(("jax", "flax", "optax", "libtpu", "nvidia-"))
+  )
 
 
 @functools.cache

@@ -131,15 +131,17 @@ class _Loop:
     restored = checkpoints.restore(like)
     if restored is not None:
       self.ledger.check_contains(restored.metadata["ledger"])
+      step, state = restored.step, restored.state
+    else:
+      step, state = 0, self.prepared.initial_state()
     self.branch = self.ledger.open_branch(
       checkpoint_branch=restored.metadata["branch"] if restored else "",
       checkpoint_step=restored.step if restored else 0,
       lineage=self.prepared.lineage,
       environment=self.prepared.environment,
+      state=checkpoints_lib.state_digest(jax.device_get(state)),
     )
-    if restored is None:
-      return 0, self.prepared.initial_state()
-    return restored.step, restored.state
+    return step, state
 
   def _last_affordable(self, step: int) -> int:
     """Updates that may be made before the budget is spent."""

@@ -70,10 +70,11 @@ def check_records(run: run_lib.TrainingRun, records: Records) -> None:
         f"the records have length {store.sequence_length}, but"
         f" sequence_length={run.sequence_length}."
       )
-    largest = int(store.tokens.max())
-    if largest >= records.vocabulary_size:
+    lowest, largest = int(store.tokens.min()), int(store.tokens.max())
+    if lowest < 0 or largest >= records.vocabulary_size:
+      wrong = lowest if lowest < 0 else largest
       raise ValueError(
-        f"the records hold token {largest}, but their vocabulary has"
+        f"the records hold token {wrong}, but their vocabulary has"
         f" {records.vocabulary_size} tokens."
       )
 
