@@ -97,6 +97,7 @@ def _squares_backward(
   kind: str, residuals: tuple[jax.Array, jax.Array], g: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   x, out = residuals
+  x, g = _as_stored((x, g))
   rows = _rows(g)
   if kind == "lookup":
     found = products.lookup_squares(_ids(x), rows)
@@ -128,6 +129,7 @@ def _weighted_backward(
   kind: str, residuals: tuple[jax.Array, ...], g: jax.Array
 ) -> tuple[jax.Array, ...]:
   x, scale, out = residuals
+  x, g = _as_stored((x, g))
   total = _contraction(kind, out.shape)(scale, x, g)
   zeros = jnp.zeros_like(x), jnp.zeros_like(scale)
   return zeros[0], g, zeros[1], total.astype(out.dtype)
@@ -166,6 +168,11 @@ def _contraction(kind: str, shape: tuple[int, ...]) -> Callable[..., Any]:
     return over(*each), False
 
   return one
+
+
+def _as_stored(factors: Any) -> Any:
+  """Rounds to the dtype, which a compiler may otherwise skip in places."""
+  return jax.lax.optimization_barrier(factors)
 
 
 def _rows(x: jax.Array) -> jax.Array:

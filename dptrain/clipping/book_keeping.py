@@ -130,6 +130,9 @@ def _differentiate(
   (own, handed_out), (losses, aux) = jax.grad(
     total, argnums=(0, 1), has_aux=True
   )(own, zeros)
+  # Norms and sums must see the same numbers: a compiler that fuses both with
+  # this pass may skip the rounding to bfloat16 for one of them.
+  own, handed_out = jax.lax.optimization_barrier((own, handed_out))
   return own, handed_out, losses, aux
 
 

@@ -203,7 +203,7 @@ class _UnrolledAndLengthOne(nn.Module):
 class _NestedScans(nn.Module):
   @nn.compact
   def __call__(self, x):
-    return scanned(scanned(Step, 2), 3)()(x, None)[0]
+    return scanned(scanned(Step, 2), 2)()(x, None)[0]
 
 
 @case(5)
