@@ -98,11 +98,21 @@ def _measure(shape: Shape, rounds: int, dtype: str) -> dict[str, Any]:
       start = time.perf_counter()
       jax.block_until_ready(program(params, batch, keys))
       seconds[name].append(time.perf_counter() - start)
-  choice = methods.choose(model.losses, params, batch, keys)
+  figures = {name: _figures(name, seconds, compiled) for name in compiled}
   return {
-    "auto": choice.method,
-    "programs": {name: _figures(name, seconds, compiled) for name in compiled},
+    "auto": methods.choose(model.losses, params, batch, keys).method,
+    "programs": figures,
+    "best_jax_privacy": _fastest(figures, "jax_privacy"),
+    "best_method": _fastest(figures, ("one_pass", "two_pass", "vmap")),
   }
+
+
+def _fastest(
+  figures: dict[str, dict[str, float]], prefix: str | tuple[str, ...]
+) -> str | None:
+  """The quickest program whose name begins so; None if there is none."""
+  names = [name for name in figures if name.startswith(prefix)]
+  return min(names, key=lambda n: figures[n]["seconds"], default=None)
 
 
 def _figures(
@@ -210,7 +220,7 @@ def _machine() -> str:
 def _show(name: str, shape: Shape, result: dict[str, Any]) -> None:
   sizes = dataclasses.asdict(shape)
   told = ", ".join(f"{key} {value}" for key, value in sizes.items())
-  print(f"\n{name}: {told}; auto takes {result['auto']}")
+  print(f"\n{name}: {told}")
   print("  program            seconds (middle half)     x plain   temp MB  x")
   for program, f in result["programs"].items():
     print(
@@ -218,6 +228,12 @@ def _show(name: str, shape: Shape, result: dict[str, Any]) -> None:
       f" {f['seconds_high']:.4f})   {f['time_ratio']:6.2f} "
       f" {f['temp_megabytes']:8.1f}  {f['memory_ratio']:.2f}"
     )
+  seconds = {n: f["seconds"] for n, f in result["programs"].items()}
+  auto, best = result["auto"], result["best_method"]
+  told = f"auto takes {auto}: {seconds[auto] / seconds[best]:.2f} x {best}"
+  if peer := result["best_jax_privacy"]:
+    told += f", {seconds[auto] / seconds[peer]:.2f} x {peer}"
+  print(f"  {told}")
   sys.stdout.flush()
 
 

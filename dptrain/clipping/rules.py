@@ -6,6 +6,7 @@ Shapes: B batch.
 from collections.abc import Callable
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,13 +48,14 @@ class ClippingRule:
 
   Attributes:
     kind: one of `KINDS`.
-    l2_clip_norm: C.
+    l2_clip_norm: C, a float; within a compiled update it may be a scalar array
+      (`adaptation.NormAdaptation`), and `sensitivity` is one then.
     automatic_gamma: gamma.
     groups: None to clip the whole gradient, or a grouping of parameters.
   """
 
   kind: str = "flat"
-  l2_clip_norm: float = 1.0
+  l2_clip_norm: Any = 1.0
   automatic_gamma: float = 0.01
   groups: Grouping | None = None
 
@@ -64,13 +66,15 @@ class ClippingRule:
       )
     for name in ("l2_clip_norm", "automatic_gamma"):
       value = getattr(self, name)
+      if isinstance(value, jax.Array):
+        continue  # a norm that adapts: it has a value at run time only
       if not 0 < value < float("inf"):
         raise ValueError(
           f"ClippingRule.{name}={value} must be a positive, finite number."
         )
 
   @property
-  def sensitivity(self) -> float:
+  def sensitivity(self) -> Any:
     """Largest L2 norm of one example's contribution to a sum."""
     return self.l2_clip_norm if self.kind == "flat" else 1.0
 

@@ -98,7 +98,7 @@ def _candidates(
   # As many as calls: none whose output is thrown away, none numbered like
   # another.
   calls_of = collections.Counter(use.weight for use in look.found.values())
-  return _sharing_within(
+  return taps.sharing_within(
     tuple(
       use
       for use in look.found.values()
@@ -251,7 +251,9 @@ def _in_place(
     for use in uses
     if any(met[name] != 1 for name in taps.tap_names(use))
   }
-  return _sharing_within(tuple(use for use in uses if use.weight not in spoilt))
+  return taps.sharing_within(
+    tuple(use for use in uses if use.weight not in spoilt)
+  )
 
 
 def _heard(
@@ -295,14 +297,5 @@ def _heard(
   jax.eval_shape(jax.grad(run), zeros, {**flat, **trials}, example, key)
   return tuple(
     use if use.same_inputs in heard else use._replace(same_inputs=None)
-    for use in uses
-  )
-
-
-def _sharing_within(uses: tuple[taps.Use, ...]) -> tuple[taps.Use, ...]:
-  """Gives own taps to layers that share the input of one that is left out."""
-  names = {use.name for use in uses}
-  return tuple(
-    use if use.same_inputs in names else use._replace(same_inputs=None)
     for use in uses
   )

@@ -351,6 +351,15 @@ def _tap(
   return backward_rules.gradient(y, zero(y_name))
 
 
+def sharing_within(uses: tuple[Use, ...]) -> tuple[Use, ...]:
+  """Gives own taps to layers that share the input of one that is left out."""
+  names = {use.name for use in uses}
+  return tuple(
+    use if use.same_inputs in names else use._replace(same_inputs=None)
+    for use in uses
+  )
+
+
 def captured(
   uses: tuple[Use, ...], handed_out: Mapping[Path, jax.Array]
 ) -> dict[tuple[Path, int], Captured]:

@@ -12,6 +12,7 @@ Shapes: B batch; P* the shape of a parameter.
 
 import collections
 from collections.abc import Mapping
+import math
 from typing import Any
 
 import jax
@@ -111,27 +112,79 @@ def _tapped_sums(
   """The second pass: arrays P* for the tapped weights."""
   flat = parameter_trees.leaves_by_path(params)
   shapes = {path: leaf.shape for path, leaf in flat.items()}
-  each, zeros = taps.sum_zeros(uses, clip.scales, shapes)
+  size = keys.shape[0]
+  summed, factored = _split(uses, shapes, size)
+  each, zeros = taps.sum_zeros(summed, clip.scales, shapes)
+  factors = {
+    path: jnp.zeros((size, *shape), dtype)
+    for path, (shape, dtype) in taps.tap_shapes(factored).items()
+  }
   # An example that is not finite would spoil the pass even with weight 0: one
   # that is stands in for it.
   stand_in = jnp.argmax(clip.finite)
-  chosen = jnp.where(clip.finite, jnp.arange(keys.shape[0]), stand_in)
+  chosen = jnp.where(clip.finite, jnp.arange(size), stand_in)
 
-  def summed(zeros: Any) -> jax.Array:
-    def one(each: Any, example: Any, key: jax.Array) -> jax.Array:
-      tree = parameter_trees.with_leaves(params, {**each, **zeros})
+  def total(zeros: Any, factors: Any) -> jax.Array:
+    def one(each: Any, factors: Any, example: Any, key: jax.Array) -> jax.Array:
+      tree = parameter_trees.with_leaves(params, {**each, **factors, **zeros})
       with taps.tapped():
         batch_of_one = jax.tree.map(lambda x: x[None], example)
         return loss_fn(tree, batch_of_one, key[None])[0][0]
 
     taken = jax.tree.map(lambda x: jnp.asarray(x)[chosen], batch)
-    return jnp.sum(jax.vmap(one)(each, taken, keys[chosen]))
+    return jnp.sum(jax.vmap(one)(each, factors, taken, keys[chosen]))
 
-  sums = jax.grad(summed)(zeros)
+  sums, handed_out = jax.grad(total, argnums=(0, 1))(zeros, factors)
   any_finite = jnp.any(clip.finite)
-  return {
-    path: jnp.where(any_finite, g, 0).reshape(shapes[path])
-    for path, g in (
-      (w, sums[taps.sum_path(w)]) for w in {u.weight for u in uses}
-    )
+  found = {
+    weight: jnp.where(any_finite, sums[taps.sum_path(weight)], 0)
+    for weight in {use.weight for use in summed}
   }
+  found |= _factored_sums(factored, handed_out, clip, shapes)
+  return {path: g.reshape(shapes[path]) for path, g in found.items()}
+
+
+def _factored_sums(
+  uses: tuple[taps.Use, ...],
+  handed_out: Mapping[taps.Path, jax.Array],
+  clip: per_example.ClipFactors,
+  shapes: Mapping[taps.Path, tuple[int, ...]],
+) -> dict[taps.Path, jax.Array]:
+  """Weighted sums P* from factors that taps handed out."""
+  if not uses:
+    return {}
+
+  def weighted(handed_out: Any) -> dict[taps.Path, jax.Array]:
+    seen = taps.captured(uses, jax.lax.optimization_barrier(handed_out))
+    kept = book_keeping.Kept({}, seen, clip.norms, None)
+    return book_keeping.weighted_sum(uses, kept, clip.scales, shapes)
+
+  # Behind a branch, for its operands are complete before it starts: else a
+  # compiler may form the sum early and carry it through the pass.
+  return jax.lax.cond(
+    jnp.any(clip.finite),
+    weighted,
+    lambda x: jax.tree.map(jnp.zeros_like, jax.eval_shape(weighted, x)),
+    dict(handed_out),
+  )
+
+
+def _split(
+  uses: tuple[taps.Use, ...],
+  shapes: Mapping[taps.Path, tuple[int, ...]],
+  size: int,
+) -> tuple[tuple[taps.Use, ...], tuple[taps.Use, ...]]:
+  """Uses whose taps add up the weight's sum, and those that leave factors.
+
+  Whichever is smaller is carried through the pass: for a vocabulary, of which
+  few rows are read and predicted, that is the factors.
+  """
+  factors: collections.Counter[taps.Path] = collections.Counter()
+  for use in uses:
+    wide = use.inputs if use.same_inputs is None else (0,)
+    kept = math.prod(wide) + math.prod(use.outputs)
+    factors[use.weight] += size * math.prod(use.stack) * kept
+  small = {w for w, kept in factors.items() if kept < math.prod(shapes[w])}
+  factored = tuple(use for use in uses if use.weight in small)
+  summed = tuple(use for use in uses if use.weight not in small)
+  return taps.sharing_within(summed), taps.sharing_within(factored)

@@ -31,6 +31,12 @@ class PrivacySettings:
     clipping: "flat" (to norm at most C), "normalized" (flat, then divided by
       C) or "automatic" (g / (|g| + gamma), arXiv 2206.07136).
     automatic_gamma: the gamma of automatic clipping.
+    adaptive_quantile: None to clip to `l2_clip_norm` throughout; else the share
+      of gradients that shall be no longer than C, which then starts at
+      `l2_clip_norm` and moves after every update (arXiv 1905.03871).
+    adaptive_learning_rate: how fast log C moves.
+    adaptive_budget_share: part of each update's budget (of 1 / noise^2) that
+      pays for the noisy count which C follows; the rest is the gradients'.
     relation: neighbouring relation, "zero_out": the number of records is
       public. Adding or removing a record would change it, and with it the
       sampling probabilities.
@@ -45,6 +51,9 @@ class PrivacySettings:
   l2_clip_norm: float = 1.0
   clipping: str = "flat"
   automatic_gamma: float = 0.01
+  adaptive_quantile: float | None = None
+  adaptive_learning_rate: float = 0.2
+  adaptive_budget_share: float = 0.01
   relation: str = "zero_out"
   sampling: str = "poisson"
   unit: str = "record"
@@ -67,6 +76,7 @@ class PrivacySettings:
         raise ValueError(
           f"PrivacySettings.{name}={value} must be a positive, finite number."
         )
+    self._check_adaptation()
     for name, known in (
       ("clipping", CLIPPING_RULES),
       ("relation", ("zero_out",)),
@@ -80,6 +90,25 @@ class PrivacySettings:
           f" {', '.join(map(repr, known))}."
         )
 
+  def _check_adaptation(self) -> None:
+    for name in ("adaptive_quantile", "adaptive_budget_share"):
+      value = getattr(self, name)
+      if value is not None and not 0 < value < 1:
+        raise ValueError(
+          f"PrivacySettings.{name}={value} must be between 0 and 1."
+        )
+    if not 0 < self.adaptive_learning_rate < float("inf"):
+      raise ValueError(
+        f"PrivacySettings.adaptive_learning_rate={self.adaptive_learning_rate}"
+        " must be a positive, finite number."
+      )
+    if self.adaptive_quantile is not None and self.clipping == "automatic":
+      raise ValueError(
+        f"PrivacySettings.adaptive_quantile={self.adaptive_quantile} needs a"
+        " clip norm to adapt, which clipping='automatic' lacks; use 'flat' or"
+        " 'normalized', or adaptive_quantile=None."
+      )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrivacyPlan:
@@ -89,7 +118,8 @@ class PrivacyPlan:
   neighbouring corpora have the same public size N and differ in one record,
   which one of them replaces by a record that contributes nothing
   (REPLACE_SPECIAL of dp-accounting, arXiv 2103.00039). Sensitivity: that of the
-  clipping rule. Sampling probabilities,
+  clipping rule. With `adaptive_quantile`, sum and count are one release of
+  `noise_multiplier` (`clipping.adaptation.NormAdaptation`). Sampling probabilities,
   expected_batch_size / num_examples, are constants of the plan.
 
   Attributes: those of `PrivacySettings`, with `noise_multiplier` decided, and
@@ -104,6 +134,9 @@ class PrivacyPlan:
   l2_clip_norm: float
   clipping: str
   automatic_gamma: float
+  adaptive_quantile: float | None
+  adaptive_learning_rate: float
+  adaptive_budget_share: float
   relation: str
   sampling: str
   unit: str

@@ -7,6 +7,7 @@ rates), and dptrain's own code; all of it read from what will really run.
 """
 
 from collections.abc import Mapping
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -60,14 +61,18 @@ def lineage(
   return _digest(json.dumps(parts, sort_keys=True))
 
 
-def environment(physical_batch_size: int) -> str:
+def environment(
+  physical_batch_size: int, microbatch_size: int | None = None
+) -> str:
   """Digest of what may change the rounding of an update, but not its meaning.
 
   Args:
-    physical_batch_size: rows summed at once.
+    physical_batch_size: rows handed to a device at once.
+    microbatch_size: rows summed at once; None: all of them.
   """
   parts = {
     "physical_batch_size": physical_batch_size,
+    "microbatch_size": microbatch_size or physical_batch_size,
     "devices": [device.device_kind for device in jax.devices()],
     "processes": jax.process_count(),
     "machine": [platform.machine(), os.cpu_count(), _cpu_features()],
@@ -90,7 +95,7 @@ def program_digest(
   Args:
     step: the private step.
     params: parameters or their shapes.
-    opt_state: the optimizer's state or its shapes.
+    opt_state: what `PrivateStep.init` returns, or its shapes.
     batch: a physical batch or its shapes; only one row of it is used.
 
   Returns:
@@ -100,9 +105,10 @@ def program_digest(
   one = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), batch
   )
+  step = dataclasses.replace(step, microbatch_size=None)
   key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
   scalar = jax.ShapeDtypeStruct((), "float32")
-  accumulator = jax.eval_shape(step.zeros, params, one)
+  accumulator = jax.eval_shape(step.zeros, params, one, opt_state)
   accumulate = jax.jit(step.accumulate).trace(params, accumulator, one, key)
   finish = jax.jit(step.finish).trace(
     params,

@@ -72,7 +72,9 @@ class _Loop:
     self.run, self.directory, self.ledger = run, directory, ledger
     self.prepared, self.plan = prepared, prepared.plan
     step = prepared.step
-    self.zeros = jax.jit(lambda params: step.zeros(params, prepared.batch))
+    self.zeros = jax.jit(
+      lambda params, opt_state: step.zeros(params, prepared.batch, opt_state)
+    )
     self.accumulate = jax.jit(step.accumulate, donate_argnums=1)
     # Parameters are not donated: a checkpoint may still be reading them.
     self.finish = jax.jit(step.finish, donate_argnums=())
@@ -164,7 +166,7 @@ class _Loop:
       self.plan.num_examples,
       release.sampling_prob,
     )
-    accumulator = self.zeros(state["params"])
+    accumulator = self.zeros(state["params"], state["opt_state"])
     examples_key = self._key("examples", step)
     for batch in batches.physical_batches(
       self.prepared.store, indices, self.run.physical_batch_size

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from dptrain.clipping import adaptation as adaptation_lib
 from dptrain.clipping import methods
 from dptrain.clipping import rules
 from dptrain.data import batches
@@ -57,7 +58,7 @@ class Preparation(NamedTuple):
     key = self.seed.key("initial parameters", branch="")
     # The key is an argument: a compiled program may be kept on disk.
     params = jax.jit(self.objective.model.init)(key)
-    return {"params": params, "opt_state": self.step.optimizer.init(params)}
+    return {"params": params, "opt_state": self.step.init(params)}
 
 
 def prepare(
@@ -125,6 +126,8 @@ def prepare(
     optimizer=run.optimizer,
     collect_statistics=run.unprotected_training_metrics,
     clipping_method=clipping,
+    microbatch_size=run.microbatch_size,
+    adaptation=_adaptation(plan),
   )
   return Preparation(
     plan=plan,
@@ -142,10 +145,12 @@ def prepare(
       corpus=corpus_fingerprint,
       vocabulary=records.vocabulary_fingerprint,
       programs=lineage_lib.program_digest(
-        step, params, jax.eval_shape(run.optimizer.init, params), batch
+        step, params, jax.eval_shape(step.init, params), batch
       ),
     ),
-    environment=lineage_lib.environment(run.physical_batch_size),
+    environment=lineage_lib.environment(
+      run.physical_batch_size, run.microbatch_size
+    ),
   )
 
 
@@ -156,6 +161,18 @@ def _batch_shapes(run: run_lib.TrainingRun) -> dict[str, jax.ShapeDtypeStruct]:
     "example_ids": jax.ShapeDtypeStruct((size,), "int32"),
     "is_padding": jax.ShapeDtypeStruct((size,), "bool"),
   }
+
+
+def _adaptation(
+  plan: plan_lib.PrivacyPlan,
+) -> adaptation_lib.NormAdaptation | None:
+  if plan.adaptive_quantile is None:
+    return None
+  return adaptation_lib.NormAdaptation(
+    target_quantile=plan.adaptive_quantile,
+    learning_rate=plan.adaptive_learning_rate,
+    budget_share=plan.adaptive_budget_share,
+  )
 
 
 def _declare_unprotected(

@@ -28,6 +28,9 @@ class TrainingRun:
     sequence_length: T, tokens of one record; a record is the privacy unit.
     physical_batch_size: records whose gradients are in memory at once; changes
       speed and memory, never the result.
+    microbatch_size: records that are clipped at once, in a loop on the device;
+      divides `physical_batch_size`. None: all of them. Also changes only speed
+      and memory.
     clipping_method: "auto", "one_pass", "two_pass" or "vmap": changes speed and
       memory, never the result (`dptrain.clipping.methods`).
     vocabulary: how the vocabulary is trained, or where it is.
@@ -51,6 +54,7 @@ class TrainingRun:
   optimizer: optax.GradientTransformation
   sequence_length: int
   physical_batch_size: int
+  microbatch_size: int | None = None
   clipping_method: str = "auto"
   vocabulary: vocabulary_lib.VocabularySettings = dataclasses.field(
     default_factory=vocabulary_lib.VocabularySettings
@@ -79,6 +83,15 @@ class TrainingRun:
       )
     for name in ("physical_batch_size", "log_period", "sequence_length"):
       settings.check_whole(f"TrainingRun.{name}", getattr(self, name), least=1)
+    if self.microbatch_size is not None:
+      settings.check_whole(
+        "TrainingRun.microbatch_size", self.microbatch_size, least=1
+      )
+      if self.physical_batch_size % self.microbatch_size:
+        raise ValueError(
+          f"TrainingRun.microbatch_size={self.microbatch_size} does not divide"
+          f" physical_batch_size={self.physical_batch_size}; choose a divisor."
+        )
     for name in ("tensorboard", "unprotected_training_metrics"):
       settings.check_flag(f"TrainingRun.{name}", getattr(self, name))
     if self.fixed_seed is not None:

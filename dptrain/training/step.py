@@ -1,11 +1,13 @@
 """The one private step, shared by every loop: jax and optax only.
 
-  accumulator = step.zeros(params)
+  opt_state = step.init(params)
+  ...
+  accumulator = step.zeros(params, batch, opt_state)
   for batch in physical_batches:
     accumulator = step.accumulate(params, accumulator, batch, examples_key)
   params, opt_state, _ = step.finish(params, opt_state, accumulator, ...)
 
-Shapes: B physical batch.
+Shapes: B physical batch, K microbatches of it.
 """
 
 import dataclasses
@@ -15,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dptrain.clipping import adaptation as adaptation_lib
 from dptrain.clipping import methods
 from dptrain.clipping import per_example
 from dptrain.clipping import rules
@@ -48,10 +51,26 @@ class Accumulator(NamedTuple):
   Attributes:
     gradients: float32 tree: the sum of clipped gradients.
     statistics: None unless the step collects them.
+    l2_clip_norm: what this update clips to; None if the norm is fixed.
+    count: `NormAdaptation.count` so far; None if the norm is fixed.
   """
 
   gradients: Any
   statistics: Statistics | None
+  l2_clip_norm: jax.Array | None = None
+  count: jax.Array | None = None
+
+
+class AdaptiveState(NamedTuple):
+  """The optimizer's state beside a clip norm that moves; publishable as such.
+
+  Attributes:
+    opt_state: of the optax transformation.
+    l2_clip_norm: float32 scalar: what the next update clips to.
+  """
+
+  opt_state: optax.OptState
+  l2_clip_norm: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +86,20 @@ class PrivateStep:
   post-processing. An update without examples is pure noise. Public:
   the rule, the noise multiplier, the expected batch size, the optimizer.
 
+  With `adaptation` that mechanism releases a noisy count beside the sum, at the
+  same price (`NormAdaptation`).
+
   Attributes:
     loss_fn: `per_example.PerExampleLoss`.
-    rule: the clipping rule.
+    rule: the clipping rule; its norm is the first one if it adapts.
     optimizer: any optax transformation.
     collect_statistics: also sum `Statistics`, which are not protected.
     clipping_method: how clipped sums are computed, one of `methods.METHODS`,
       or what `methods.choose` returned; changes speed and memory, not the
       result.
+    microbatch_size: rows of a physical batch that are clipped at once, in a
+      loop on the device; it divides B. None: all B.
+    adaptation: how the clip norm moves; None: it is fixed.
   """
 
   loss_fn: per_example.PerExampleLoss
@@ -82,24 +107,57 @@ class PrivateStep:
   optimizer: optax.GradientTransformation
   collect_statistics: bool = False
   clipping_method: str | methods.Choice = "auto"
+  microbatch_size: int | None = None
+  adaptation: adaptation_lib.NormAdaptation | None = None
 
-  def zeros(self, params: Params, batch: Batch) -> Accumulator:
+  def __post_init__(self) -> None:
+    if self.adaptation is not None and self.rule.kind == "automatic":
+      raise ValueError(
+        "automatic clipping has no clip norm that could adapt: use the rule"
+        " 'flat' or 'normalized', or no NormAdaptation."
+      )
+
+  def init(self, params: Params) -> Any:
+    """The state before the first update: `finish` takes and returns it.
+
+    Args:
+      params: the parameters.
+
+    Returns:
+      The optimizer's state; an `AdaptiveState` around it if the norm adapts.
+    """
+    opt_state = self.optimizer.init(params)
+    if self.adaptation is None:
+      return opt_state
+    norm = jnp.asarray(self.rule.l2_clip_norm, jnp.float32)
+    return AdaptiveState(opt_state, norm)
+
+  def zeros(
+    self, params: Params, batch: Batch, opt_state: Any = None
+  ) -> Accumulator:
     """An empty accumulator.
 
     Args:
       params: the parameters, or their shapes.
       batch: a physical batch, or its shapes: decides the statistics' shapes.
+      opt_state: what `init` or `finish` returned; read only if the clip norm
+        adapts.
     """
     gradients = jax.tree.map(
       lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)),
       params,
     )
+    accumulator = Accumulator(gradients, None)
+    if self.adaptation is not None:
+      accumulator = accumulator._replace(
+        l2_clip_norm=opt_state.l2_clip_norm, count=jnp.zeros((), jnp.float32)
+      )
     if not self.collect_statistics:
-      return Accumulator(gradients, None)
+      return accumulator
     key = jax.random.key(0, impl="threefry2x32")
-    sums = jax.eval_shape(self._clipped_sum, params, batch, key)[1]
+    sums = jax.eval_shape(self._statistics, params, batch, key)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums)
-    return Accumulator(gradients, zeros)
+    return accumulator._replace(statistics=zeros)
 
   def accumulate(
     self,
@@ -120,49 +178,90 @@ class PrivateStep:
 
     Returns:
       The accumulator with this batch added.
+
+    Raises:
+      ValueError: `microbatch_size` does not divide B.
     """
-    clipped, statistics = self._clipped_sum(params, batch, examples_key)
-    gradients = jax.tree.map(jnp.add, accumulator.gradients, clipped.gradients)
-    if accumulator.statistics is None:
-      return Accumulator(gradients, None)
-    return Accumulator(
-      gradients, jax.tree.map(jnp.add, accumulator.statistics, statistics)
+    rows = batch["is_padding"].shape[0]
+    size = self.microbatch_size or rows
+    if rows % size:
+      raise ValueError(
+        f"microbatch_size={size} does not divide the physical batch of {rows}"
+        " rows; choose one that does."
+      )
+    if size == rows:
+      return self._added(params, accumulator, batch, examples_key)
+    parts = jax.tree.map(
+      lambda x: x.reshape(rows // size, size, *x.shape[1:]), batch
     )
+
+    def add(accumulator: Accumulator, part: Batch) -> tuple[Accumulator, None]:
+      # An update's last physical batch may be padding for the most part.
+      added = jax.lax.cond(
+        jnp.all(part["is_padding"]),
+        lambda accumulator, _: accumulator,
+        lambda accumulator, part: self._added(
+          params, accumulator, part, examples_key
+        ),
+        accumulator,
+        part,
+      )
+      return added, None
+
+    return jax.lax.scan(add, accumulator, parts)[0]
 
   def finish(
     self,
     params: Params,
-    opt_state: optax.OptState,
+    opt_state: Any,
     accumulator: Accumulator,
     *,
     noise_key: jax.Array,
     noise_multiplier: jax.Array | float,
     expected_batch_size: jax.Array | float,
-  ) -> tuple[Params, optax.OptState, dict[str, jax.Array]]:
+  ) -> tuple[Params, Any, dict[str, jax.Array]]:
     """Makes the sum private and updates the parameters, once per update.
 
     Args:
       params: the parameters.
-      opt_state: the optimizer's state.
+      opt_state: what `init` or the last `finish` returned.
       accumulator: the sum over all examples of this update.
       noise_key: key of this update, used for nothing else.
       noise_multiplier: noise standard deviation over sensitivity.
       expected_batch_size: the public constant to divide by.
 
     Returns:
-      New parameters, new optimizer state, and unprotected statistics (empty
+      New parameters, new `opt_state`, and unprotected statistics (empty
       unless collected): per-example means and the ratio of the norms of the
       clipped sum and of the noise (gradient SNR, arXiv 2108.01624).
     """
-    stddev = noise_multiplier * self.rule.sensitivity
-    drawn = noise.gaussian_like(noise_key, accumulator.gradients, stddev)
+    # One Gaussian mechanism on one vector: the sum and, if there is one, the
+    # count.
+    unit_gradients, unit_count = noise.gaussian_like(
+      noise_key, (accumulator.gradients, accumulator.count), 1.0
+    )
+    stddev = noise_multiplier * self._rule(accumulator).sensitivity
+    if self.adaptation is not None:
+      stddev = stddev * self.adaptation.gradient_noise_factor
+    drawn = jax.tree.map(lambda n: stddev * n, unit_gradients)
     gradient = jax.tree.map(
       lambda total, n, p: ((total + n) / expected_batch_size).astype(p.dtype),
       accumulator.gradients,
       drawn,
       params,
     )
-    updates, opt_state = self.optimizer.update(gradient, opt_state, params)
+    inner = opt_state if self.adaptation is None else opt_state.opt_state
+    updates, inner = self.optimizer.update(gradient, inner, params)
+    if self.adaptation is None:
+      opt_state = inner
+    else:
+      spread = self.adaptation.count_noise_stddev(noise_multiplier)
+      norm = self.adaptation.moved(
+        accumulator.l2_clip_norm,
+        accumulator.count + spread * unit_count,
+        expected_batch_size,
+      )
+      opt_state = AdaptiveState(inner, norm)
     params = optax.apply_updates(params, updates)
     if accumulator.statistics is None:
       return params, opt_state, {}
@@ -170,36 +269,80 @@ class PrivateStep:
     means = _means(accumulator.statistics) | {"gradient_snr": signal}
     return params, opt_state, means
 
+  def _rule(self, accumulator: Accumulator) -> rules.ClippingRule:
+    if accumulator.l2_clip_norm is None:
+      return self.rule
+    return dataclasses.replace(self.rule, l2_clip_norm=accumulator.l2_clip_norm)
+
+  def _added(
+    self,
+    params: Params,
+    accumulator: Accumulator,
+    batch: Batch,
+    examples_key: jax.Array,
+  ) -> Accumulator:
+    """The accumulator with rows added that are clipped at once."""
+    rule = self._rule(accumulator)
+    clipped = self._clipped_sum(params, batch, examples_key, rule)
+    added = accumulator._replace(
+      gradients=jax.tree.map(jnp.add, accumulator.gradients, clipped.gradients)
+    )
+    if self.adaptation is not None:
+      count = self.adaptation.count(
+        clipped.norms, clipped.contributes, accumulator.l2_clip_norm
+      )
+      added = added._replace(count=accumulator.count + count)
+    if accumulator.statistics is None:
+      return added
+    statistics = _sums(clipped, batch["is_padding"], rule.l2_clip_norm)
+    return added._replace(
+      statistics=jax.tree.map(jnp.add, accumulator.statistics, statistics)
+    )
+
   def _clipped_sum(
-    self, params: Params, batch: Batch, examples_key: jax.Array
-  ) -> tuple[per_example.ClippedSum, Statistics]:
+    self,
+    params: Params,
+    batch: Batch,
+    examples_key: jax.Array,
+    rule: rules.ClippingRule,
+  ) -> per_example.ClippedSum:
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
       examples_key, batch["example_ids"]
     )
-    is_padding = batch["is_padding"]
-    clipped = methods.clipped_sum(
+    return methods.clipped_sum(
       self.loss_fn,
       params,
       batch,
       keys,
-      is_padding,
-      self.rule,
+      batch["is_padding"],
+      rule,
       self.clipping_method,
     )
-    count = clipped.contributes
 
-    def total(x: jax.Array) -> jax.Array:
-      mask = count.reshape(-1, *[1] * (x.ndim - 1))
-      return jnp.sum(jnp.where(mask, x, 0).astype(jnp.float32), axis=0)
+  def _statistics(
+    self, params: Params, batch: Batch, examples_key: jax.Array
+  ) -> Statistics:
+    clipped = self._clipped_sum(params, batch, examples_key, self.rule)
+    return _sums(clipped, batch["is_padding"], self.rule.l2_clip_norm)
 
-    statistics = Statistics(
-      examples=total(count),
-      clipped=total(clipped.norms > self.rule.l2_clip_norm),
-      non_finite=jnp.sum((~count & ~is_padding).astype(jnp.float32)),
-      loss=total(clipped.losses),
-      aux=jax.tree.map(total, clipped.aux),
-    )
-    return clipped, statistics
+
+def _sums(
+  clipped: per_example.ClippedSum, is_padding: jax.Array, l2_clip_norm: Any
+) -> Statistics:
+  """Sums over the examples of one batch. PRIVATE."""
+  count = clipped.contributes
+
+  def total(x: jax.Array) -> jax.Array:
+    mask = count.reshape(-1, *[1] * (x.ndim - 1))
+    return jnp.sum(jnp.where(mask, x, 0).astype(jnp.float32), axis=0)
+
+  return Statistics(
+    examples=total(count),
+    clipped=total(clipped.norms > l2_clip_norm),
+    non_finite=jnp.sum((~count & ~is_padding).astype(jnp.float32)),
+    loss=total(clipped.losses),
+    aux=jax.tree.map(total, clipped.aux),
+  )
 
 
 def _means(sums: Statistics) -> dict[str, jax.Array]:
