@@ -17,14 +17,14 @@ import jax.numpy as jnp
 class NormAdaptation:
   """Moves the clip norm C until a given share of the gradients is shorter.
 
-  Each update counts, over its examples, those with a gradient of norm at most
-  C; the count gets noise of its own, and C moves by the factor
-  exp(-learning_rate * (share counted - target_quantile)).
+  Each update tallies, over its examples, those with a gradient of norm at most
+  C; the tally gets noise of its own, and C moves by the factor
+  exp(-learning_rate * (share so found - target_quantile)).
 
   Formal guarantee: unit: one example; zero-out or add/remove. An example adds
-  to the count +1/2 or -1/2, or nothing if it takes no part: sensitivity 1/2. With
-  z the noise multiplier of the plan and s = budget_share, the gradients get
-  noise of z / sqrt(1 - s) times their sensitivity and the count noise of
+  to the tally +1/2 or -1/2, or nothing if it takes no part: sensitivity 1/2.
+  With z the noise multiplier of the plan and s = budget_share, the gradients
+  get noise of z / sqrt(1 - s) times their sensitivity and the tally noise of
   z / sqrt(s) times its own. Scaled by their noise, the two are one vector, of
   sensitivity sqrt((1 - s) / z^2 + s / z^2) = 1 / z: one Gaussian mechanism of
   noise multiplier z, which is what the plan prices (1905.03871, theorem 1). C
@@ -57,13 +57,13 @@ class NormAdaptation:
     """By how much the gradients' noise exceeds that of a fixed clip norm."""
     return 1.0 / math.sqrt(1.0 - self.budget_share)
 
-  def count_noise_stddev(
+  def tally_noise_stddev(
     self, noise_multiplier: jax.Array | float
   ) -> jax.Array | float:
-    """Standard deviation of the noise on `count`, in halves of an example."""
+    """Standard deviation of the noise on `tally`, in halves of an example."""
     return 0.5 * noise_multiplier / math.sqrt(self.budget_share)
 
-  def count(
+  def tally(
     self, norms: jax.Array, contributes: jax.Array, l2_clip_norm: jax.Array
   ) -> jax.Array:
     """Sum over examples of +1/2 where the norm is at most C, else -1/2.
@@ -82,16 +82,16 @@ class NormAdaptation:
   def moved(
     self,
     l2_clip_norm: jax.Array,
-    noisy_count: jax.Array,
+    noisy_tally: jax.Array,
     expected_batch_size: jax.Array | float,
   ) -> jax.Array:
     """The clip norm of the next update.
 
     Args:
       l2_clip_norm: C, a scalar.
-      noisy_count: `count` over the update, with its noise.
+      noisy_tally: `tally` over the update, with its noise.
       expected_batch_size: the public constant to divide by.
     """
-    share = jnp.clip(noisy_count / expected_batch_size + 0.5, 0.0, 1.0)
+    share = jnp.clip(noisy_tally / expected_batch_size + 0.5, 0.0, 1.0)
     step = self.learning_rate * (share - self.target_quantile)
     return l2_clip_norm * jnp.exp(-step)

@@ -36,7 +36,7 @@ class PrivacySettings:
       `l2_clip_norm` and moves after every update (arXiv 1905.03871).
     adaptive_learning_rate: how fast log C moves.
     adaptive_budget_share: part of each update's budget (of 1 / noise^2) that
-      pays for the noisy count which C follows; the rest is the gradients'.
+      pays for the noisy tally which C follows; the rest is the gradients'.
     relation: neighbouring relation, "zero_out": the number of records is
       public. Adding or removing a record would change it, and with it the
       sampling probabilities.
@@ -118,9 +118,9 @@ class PrivacyPlan:
   neighbouring corpora have the same public size N and differ in one record,
   which one of them replaces by a record that contributes nothing
   (REPLACE_SPECIAL of dp-accounting, arXiv 2103.00039). Sensitivity: that of the
-  clipping rule. With `adaptive_quantile`, sum and count are one release of
-  `noise_multiplier` (`clipping.adaptation.NormAdaptation`). Sampling probabilities,
-  expected_batch_size / num_examples, are constants of the plan.
+  clipping rule. With `adaptive_quantile`, sum and tally are one release of
+  `noise_multiplier` (`clipping.adaptation.NormAdaptation`). Sampling
+  probabilities, expected_batch_size / num_examples, are constants of the plan.
 
   Attributes: those of `PrivacySettings`, with `noise_multiplier` decided, and
     num_examples: corpus size N.

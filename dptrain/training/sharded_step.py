@@ -11,10 +11,10 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
-import jax.numpy as jnp
 
 from dptrain.training import step as step_lib
 
@@ -126,8 +126,13 @@ class ShardedStep:
   ) -> tuple[Any, Any, dict[str, jax.Array]]:
     """As `PrivateStep.finish`, after the one sum over all shards."""
     total = jax.tree.map(lambda x: jnp.sum(x, axis=0), accumulator)
-    if accumulator.l2_clip_norm is not None:
-      total = total._replace(l2_clip_norm=accumulator.l2_clip_norm[0])
+    if accumulator.adapting is not None:
+      # The same on every shard: not a sum.
+      adapting = accumulator.adapting._replace(
+        l2_clip_norm=accumulator.adapting.l2_clip_norm[0],
+        tally=jnp.sum(accumulator.adapting.tally),
+      )
+      total = total._replace(adapting=adapting)
     return self.step.finish(
       params,
       opt_state,

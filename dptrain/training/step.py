@@ -51,14 +51,24 @@ class Accumulator(NamedTuple):
   Attributes:
     gradients: float32 tree: the sum of clipped gradients.
     statistics: None unless the step collects them.
-    l2_clip_norm: what this update clips to; None if the norm is fixed.
-    count: `NormAdaptation.count` so far; None if the norm is fixed.
+    adapting: None if the clip norm is fixed.
   """
 
   gradients: Any
   statistics: Statistics | None
-  l2_clip_norm: jax.Array | None = None
-  count: jax.Array | None = None
+  adapting: "Adapting | None" = None
+
+
+class Adapting(NamedTuple):
+  """What an update with an adapting clip norm gathers beside the gradients.
+
+  Attributes:
+    l2_clip_norm: what this update clips to.
+    tally: `NormAdaptation.tally` so far.
+  """
+
+  l2_clip_norm: jax.Array
+  tally: jax.Array
 
 
 class AdaptiveState(NamedTuple):
@@ -86,7 +96,7 @@ class PrivateStep:
   post-processing. An update without examples is pure noise. Public:
   the rule, the noise multiplier, the expected batch size, the optimizer.
 
-  With `adaptation` that mechanism releases a noisy count beside the sum, at the
+  With `adaptation` that mechanism releases a noisy tally beside the sum, at the
   same price (`NormAdaptation`).
 
   Attributes:
@@ -149,9 +159,8 @@ class PrivateStep:
     )
     accumulator = Accumulator(gradients, None)
     if self.adaptation is not None:
-      accumulator = accumulator._replace(
-        l2_clip_norm=opt_state.l2_clip_norm, count=jnp.zeros((), jnp.float32)
-      )
+      adapting = Adapting(opt_state.l2_clip_norm, jnp.zeros((), jnp.float32))
+      accumulator = accumulator._replace(adapting=adapting)
     if not self.collect_statistics:
       return accumulator
     key = jax.random.key(0, impl="threefry2x32")
@@ -235,30 +244,33 @@ class PrivateStep:
       unless collected): per-example means and the ratio of the norms of the
       clipped sum and of the noise (gradient SNR, arXiv 2108.01624).
     """
-    # One Gaussian mechanism on one vector: the sum and, if there is one, the
-    # count.
-    unit_gradients, unit_count = noise.gaussian_like(
-      noise_key, (accumulator.gradients, accumulator.count), 1.0
-    )
+    adaptation, adapting = self.adaptation, accumulator.adapting
     stddev = noise_multiplier * self._rule(accumulator).sensitivity
-    if self.adaptation is not None:
-      stddev = stddev * self.adaptation.gradient_noise_factor
-    drawn = jax.tree.map(lambda n: stddev * n, unit_gradients)
+    if adaptation is not None:
+      stddev = stddev * adaptation.gradient_noise_factor
+    # One Gaussian mechanism on one vector: the sum and, if there is one, the
+    # tally.
+    unit, unit_tally = noise.gaussian_like(
+      noise_key,
+      (accumulator.gradients, adapting.tally if adapting else None),
+      1.0,
+    )
+    drawn = jax.tree.map(lambda n: stddev * n, unit)
     gradient = jax.tree.map(
       lambda total, n, p: ((total + n) / expected_batch_size).astype(p.dtype),
       accumulator.gradients,
       drawn,
       params,
     )
-    inner = opt_state if self.adaptation is None else opt_state.opt_state
+    inner = opt_state if adaptation is None else opt_state.opt_state
     updates, inner = self.optimizer.update(gradient, inner, params)
-    if self.adaptation is None:
+    if adaptation is None or adapting is None:
       opt_state = inner
     else:
-      spread = self.adaptation.count_noise_stddev(noise_multiplier)
-      norm = self.adaptation.moved(
-        accumulator.l2_clip_norm,
-        accumulator.count + spread * unit_count,
+      spread = adaptation.tally_noise_stddev(noise_multiplier)
+      norm = adaptation.moved(
+        adapting.l2_clip_norm,
+        adapting.tally + spread * unit_tally,
         expected_batch_size,
       )
       opt_state = AdaptiveState(inner, norm)
@@ -270,9 +282,10 @@ class PrivateStep:
     return params, opt_state, means
 
   def _rule(self, accumulator: Accumulator) -> rules.ClippingRule:
-    if accumulator.l2_clip_norm is None:
+    if accumulator.adapting is None:
       return self.rule
-    return dataclasses.replace(self.rule, l2_clip_norm=accumulator.l2_clip_norm)
+    norm = accumulator.adapting.l2_clip_norm
+    return dataclasses.replace(self.rule, l2_clip_norm=norm)
 
   def _added(
     self,
@@ -287,11 +300,13 @@ class PrivateStep:
     added = accumulator._replace(
       gradients=jax.tree.map(jnp.add, accumulator.gradients, clipped.gradients)
     )
-    if self.adaptation is not None:
-      count = self.adaptation.count(
-        clipped.norms, clipped.contributes, accumulator.l2_clip_norm
+    adapting = accumulator.adapting
+    if self.adaptation is not None and adapting is not None:
+      tally = self.adaptation.tally(
+        clipped.norms, clipped.contributes, adapting.l2_clip_norm
       )
-      added = added._replace(count=accumulator.count + count)
+      adapting = adapting._replace(tally=adapting.tally + tally)
+      added = added._replace(adapting=adapting)
     if accumulator.statistics is None:
       return added
     statistics = _sums(clipped, batch["is_padding"], rule.l2_clip_norm)
