@@ -100,6 +100,11 @@ class Ledger:
     """Whether the run's seed is known to others: no privacy claim."""
     return bool(self.header.get("fixed_seed"))
 
+  @property
+  def head(self) -> str:
+    """Hash of the last line: names all that is written so far."""
+    return self._last_hash
+
   def releases(self) -> list[accounting.Releases]:
     """Everything released so far, over all branches, equal ones joined."""
     return accounting.merged(

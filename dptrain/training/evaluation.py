@@ -84,6 +84,11 @@ class Evaluator:
     self._baseline = float(counts.max() / max(self._num_tokens, 1))
     self._losses = jax.jit(objective.model.losses)
 
+  @property
+  def masked_batches(self) -> list[Any]:
+    """The held split: inputs of the model, padding rows without weight."""
+    return self._batches
+
   def evaluate(self, params: Any) -> Evaluation:
     """Evaluates `params` on the whole of the held split."""
     sums = {"correct": 0.0, "loss_sum": 0.0}
