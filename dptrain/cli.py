@@ -23,17 +23,38 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+  _join_processes(arguments)
   from dptrain import configuration
+  from dptrain.training import host_memory
   from dptrain.training import loop
+  from dptrain.training import processes
   from dptrain.training import progress
 
   run = configuration.training_run(
     arguments.gin_file, arguments.gin_bindings, arguments.gin_search_paths
   )
+  host_memory.keep_freed_memory()
   result = loop.train(run)
   directory = pathlib.Path(run.model_dir).expanduser()
-  print(progress.summary(result, directory, claim=run.fixed_seed is None))
+  if processes.is_first():
+    print(progress.summary(result, directory, claim=run.fixed_seed is None))
   return 0
+
+
+def _join_processes(arguments: argparse.Namespace) -> None:
+  names = ("coordinator_address", "process_count", "process_index")
+  given = [name for name in names if getattr(arguments, name) is not None]
+  if not given:
+    return
+  if len(given) < len(names):
+    missing = ", ".join(f"--{name}" for name in names if name not in given)
+    raise ValueError(
+      f"--{given[0]} is given, but {missing} is not: several processes need all"
+      " three."
+    )
+  from dptrain.training import processes
+
+  processes.start(*(getattr(arguments, name) for name in names))
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -78,6 +99,17 @@ def _parser() -> argparse.ArgumentParser:
     default=".",
     metavar="DIR[,DIR]",
     help="where gin files are looked for before dptrain's own",
+  )
+  train.add_argument(
+    "--coordinator_address",
+    metavar="HOST:PORT",
+    help="where process 0 is reached, if several processes train together",
+  )
+  train.add_argument(
+    "--process_count", type=int, metavar="N", help="how many they are"
+  )
+  train.add_argument(
+    "--process_index", type=int, metavar="I", help="which one this is, from 0"
   )
   train.set_defaults(command=_train)
   report = commands.add_parser(
