@@ -20,6 +20,7 @@ def physical_batches(
   store: RecordStore,
   indices: npt.NDArray[np.integer[Any]],
   physical_batch_size: int,
+  rows: npt.NDArray[np.integer[Any]] | None = None,
 ) -> Iterator[dict[str, npt.NDArray[Any]]]:
   """Deals records out into ceil(k / P) batches of one shape.
 
@@ -29,11 +30,14 @@ def physical_batches(
     store: the records.
     indices: integers [k] in [0, N); k may be 0, which gives no batch.
     physical_batch_size: P.
+    rows: distinct numbers in [0, P): build these rows of each batch only, in
+      this order, as one process of several does. None: all P in order.
 
   Returns:
     An iterator over dictionaries: `tokens` int32 [P, T]; `example_ids` int32
     [P], the rows' indices; `is_padding` bool [P], True for a padding row, whose
     tokens and id are 0 (id 0 also is a true record's: only `is_padding` tells).
+    Where `rows` is given its length takes the place of P.
 
   Raises:
     ValueError: at once if P is below 1 or `indices` is not one row of integers;
@@ -49,24 +53,31 @@ def physical_batches(
       f"record indices are {indices.dtype} of shape {indices.shape}; they must "
       "be integers of shape [k]"
     )
-  return _deal(store, indices, physical_batch_size)
+  if rows is None:
+    rows = np.arange(physical_batch_size)
+  return _deal(store, indices, physical_batch_size, rows)
 
 
 def _deal(
-  store: RecordStore, indices: npt.NDArray[np.integer[Any]], size: int
+  store: RecordStore,
+  indices: npt.NDArray[np.integer[Any]],
+  size: int,
+  rows: npt.NDArray[np.integer[Any]],
 ) -> Iterator[dict[str, npt.NDArray[Any]]]:
   """Yields the batches of `physical_batches`."""
   for start in range(0, len(indices), size):
     members = indices[start : start + size]
+    is_padding = rows >= len(members)
+    members = members[rows[~is_padding]]
     # Fresh arrays each time: a batch may outlive the next one on a device.
-    tokens = np.full((size, store.sequence_length), PAD_ID, np.int32)
-    tokens[: len(members)] = store.gather(members)
-    example_ids = np.zeros(size, np.int32)
-    example_ids[: len(members)] = members
+    tokens = np.full((len(rows), store.sequence_length), PAD_ID, np.int32)
+    tokens[~is_padding] = store.gather(members)
+    example_ids = np.zeros(len(rows), np.int32)
+    example_ids[~is_padding] = members
     yield {
       "tokens": tokens,
       "example_ids": example_ids,
-      "is_padding": np.arange(size) >= len(members),
+      "is_padding": is_padding,
     }
 
 

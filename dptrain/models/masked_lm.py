@@ -47,6 +47,10 @@ class MaskedLanguageModel:
     params: Params = axes.unboxed(self.bert.init(key, tokens, tokens))["params"]
     return params
 
+  def logical_axes(self) -> dict[str, Any]:
+    """Names of every parameter's dimensions: see `axes.logical_axes`."""
+    return axes.logical_axes(self.bert)
+
   def losses(
     self, params: Params, batch: Batch, keys: jax.Array | None = None
   ) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -9,9 +9,11 @@ import shutil
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
 
+from dptrain.training import processes
 from dptrain.training import settings as settings_lib
 
 CHECKPOINTS = "checkpoints"
@@ -59,6 +61,10 @@ class Checkpoints:
   A save that fails (a full disk, say) is reported and the run goes on: its
   state is in memory, the checkpoint before stays, and the next period tries
   again.
+
+  On several processes all call everything in the same order; each writes and
+  reads the parts of arrays that it holds, and all take the same view of whether
+  a checkpoint is whole.
   """
 
   def __init__(
@@ -78,8 +84,10 @@ class Checkpoints:
   def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, *_: object) -> None:
-    self._settle()
+  def __exit__(self, error: object, *_: object) -> None:
+    # After an error of one process the others may not be listening.
+    if error is None or jax.process_count() == 1:
+      self._settle()
     self._manager.close()
 
   def save(self, step: int, state: Any, metadata: Mapping[str, Any]) -> None:
@@ -93,23 +101,28 @@ class Checkpoints:
     self._settle()
     if step in self._manager.all_steps():
       return
-    # Copied: the arrays may be overwritten while Orbax writes.
-    host = jax.tree.map(lambda x: np.array(x), jax.device_get(state))
+    if jax.process_count() == 1:
+      # Copied: the arrays may be overwritten while Orbax writes.
+      state = jax.tree.map(lambda x: np.array(x), jax.device_get(state))
     told = {
       **metadata,
       "step": step,
-      "shapes": _shapes(host),
-      "digest": state_digest(host),
+      "shapes": _shapes(state),
+      "digest": state_digest(state),
     }
-    try:
-      self._saving = step
+
+    def start() -> None:
       self._manager.save(
         step,
         args=ocp.args.Composite(
-          state=ocp.args.StandardSave(host), metadata=ocp.args.JsonSave(told)
+          state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(told)
         ),
         force=True,
       )
+
+    try:
+      self._saving = step
+      processes.everywhere(start)
     except Exception as error:
       self._failed(error)
 
@@ -142,7 +155,9 @@ class Checkpoints:
       CheckpointError: there are checkpoints, but none is whole; or the newest
         whole one is of another model or optimizer.
     """
-    steps = sorted(self._manager.all_steps(), reverse=True)
+    steps = processes.first(
+      lambda: sorted(self._manager.all_steps(), reverse=True)
+    )
     for step in steps:
       try:
         found = self._read(step, like)
@@ -167,15 +182,17 @@ class Checkpoints:
     return None
 
   def _read(self, step: int, like: Any) -> Restored:
-    metadata = self._manager.restore(
-      step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())
-    )["metadata"]
+    def part(name: str, how: Any) -> Any:
+      args = ocp.args.Composite(**{name: how})
+      return processes.everywhere(
+        lambda: self._manager.restore(step, args=args)[name]
+      )
+
+    metadata = part("metadata", ocp.args.JsonRestore())
     # Before the state: Orbax restores arrays of other shapes without a word.
     self._check_shapes(step, metadata["shapes"], _shapes(like))
-    state = self._manager.restore(
-      step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))
-    )["state"]
-    if metadata["digest"] != state_digest(jax.device_get(state)):
+    state = part("state", ocp.args.StandardRestore(like))
+    if metadata["digest"] != state_digest(state):
       raise ValueError("its content does not match its digest")
     if metadata["step"] != step:
       raise ValueError(f"it is that of update {metadata['step']}, renamed")
@@ -204,7 +221,7 @@ class Checkpoints:
     if self._saving is None:
       return
     try:
-      self._manager.wait_until_finished()
+      processes.everywhere(self._manager.wait_until_finished)
       self._saving = None
     except Exception as error:
       self._failed(error)
@@ -217,16 +234,21 @@ class Checkpoints:
       f" {_cause(error)}. Training goes on in memory; {last}. Free space in"
       f" {self._root / CHECKPOINTS}."
     )
-    for draft in (self._root / CHECKPOINTS).glob("*.orbax-checkpoint-tmp*"):
-      shutil.rmtree(draft, ignore_errors=True)
+    if processes.is_first():
+      for draft in (self._root / CHECKPOINTS).glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(draft, ignore_errors=True)
     self._saving = None
 
   def _set_aside(self, step: int) -> None:
     self._manager.close()
     aside = self._root / DAMAGED
-    aside.mkdir(exist_ok=True)
-    shutil.rmtree(aside / str(step), ignore_errors=True)
-    shutil.move(self._root / CHECKPOINTS / str(step), aside / str(step))
+
+    def move() -> None:
+      aside.mkdir(exist_ok=True)
+      shutil.rmtree(aside / str(step), ignore_errors=True)
+      shutil.move(self._root / CHECKPOINTS / str(step), aside / str(step))
+
+    processes.first(move)
     self._manager = self._open()
 
   def _open(self) -> ocp.CheckpointManager:
@@ -251,14 +273,26 @@ def _shapes(state: Any) -> dict[str, str]:
 
 
 def state_digest(state: Any) -> str:
-  """SHA-256 over the names, shapes, dtypes and bytes of a tree of arrays."""
+  """SHA-256 over the names, shapes, dtypes and bytes of a tree of arrays.
+
+  The same however the arrays are spread over devices and processes; of what is
+  spread over processes one array at a time is gathered, and all must call.
+  """
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-    array = np.ascontiguousarray(leaf)
+    array = np.ascontiguousarray(_on_host(leaf))
     name = f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}"
     digest.update(name.encode())
     digest.update(array.tobytes())
   return digest.hexdigest()
+
+
+def _on_host(array: Any) -> np.ndarray:
+  if isinstance(array, jax.Array) and not (
+    array.is_fully_addressable or array.is_fully_replicated
+  ):
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+  return np.asarray(array)
 
 
 def _first_line(error: Exception) -> str:

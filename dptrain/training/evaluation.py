@@ -12,6 +12,7 @@ import numpy as np
 from dptrain.data import batches
 from dptrain.data import masking
 from dptrain.data import store as store_lib
+from dptrain.training import mesh as mesh_lib
 from dptrain.training import objective as objective_lib
 from dptrain.training import settings as settings_lib
 
@@ -63,8 +64,11 @@ class Evaluator:
     objective: objective_lib.Objective,
     store: store_lib.RecordStore,
     settings: EvaluationSettings,
+    layout: mesh_lib.Layout | None = None,
   ):
     size = min(settings.physical_batch_size, store.num_examples)
+    shards = layout.num_shards if layout else 1
+    self._layout, self._size = layout, -(-size // shards) * shards
     # Public and fixed: evaluations of one run, and of different runs, compare.
     key = jax.random.key(20181011, impl="threefry2x32")
 
@@ -75,7 +79,7 @@ class Evaluator:
       weights = masked["weights"] * ~batch["is_padding"][:, None]
       return masked | {"weights": weights}
 
-    dealt = batches.evaluation_batches(store, size, settings.max_records)
+    dealt = batches.evaluation_batches(store, self._size, settings.max_records)
     self._batches = [jax.device_get(mask(batch)) for batch in dealt]
     counts = np.zeros(objective.model.bert.vocab_size)
     for masked in self._batches:

@@ -6,7 +6,7 @@ data, the compiled programs (model, loss, clipping, optimizer and its learning
 rates), and dptrain's own code; all of it read from what will really run.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import hashlib
@@ -62,19 +62,27 @@ def lineage(
 
 
 def environment(
-  physical_batch_size: int, microbatch_size: int | None = None
+  physical_batch_size: int,
+  microbatch_size: int | None = None,
+  mesh: str = "",
 ) -> str:
   """Digest of what may change the rounding of an update, but not its meaning.
 
+  Of this process's machine: where several train together, all their digests
+  count.
+
   Args:
-    physical_batch_size: rows handed to a device at once.
+    physical_batch_size: rows handed to the devices at once.
     microbatch_size: rows summed at once; None: all of them.
+    mesh: how devices are arranged and parameters split, in words; empty for one
+      device.
   """
   parts = {
     "physical_batch_size": physical_batch_size,
     "microbatch_size": microbatch_size or physical_batch_size,
     "devices": [device.device_kind for device in jax.devices()],
     "processes": jax.process_count(),
+    "mesh": mesh,
     "machine": [platform.machine(), os.cpu_count(), _cpu_features()],
     "flags": [os.environ.get(name, "") for name in _NUMERIC_FLAGS],
     "versions": _numeric_packages(),
@@ -85,6 +93,13 @@ def environment(
     # Atomics: even the same machine does not repeat itself.
     parts["unrepeatable"] = secrets.token_hex(16)
   return _digest(json.dumps(parts, sort_keys=True))
+
+
+def joint_environment(environments: Sequence[str]) -> str:
+  """Digest of the `environment` of every process; its own if there is one."""
+  if len(environments) == 1:
+    return environments[0]
+  return _digest("\n".join(environments))
 
 
 def program_digest(

@@ -1,8 +1,9 @@
 """The thin loop: the whole of private training in one sitting."""
 
+from collections.abc import Iterator
 import contextlib
+import itertools
 import pathlib
-import signal
 import time
 from typing import Any
 
@@ -15,7 +16,11 @@ from dptrain.privacy import report as report_lib
 from dptrain.privacy import sampling
 from dptrain.training import checkpoints as checkpoints_lib
 from dptrain.training import evaluation as evaluation_lib
+from dptrain.training import lineage as lineage_lib
+from dptrain.training import mesh as mesh_lib
 from dptrain.training import preparation as preparation_lib
+from dptrain.training import processes
+from dptrain.training import programs as programs_lib
 from dptrain.training import progress as progress_lib
 from dptrain.training import records as records_lib
 from dptrain.training import run as run_lib
@@ -30,6 +35,9 @@ def train(
   way: Poisson sample, clip, sum, ledger, noise once, divide by a public
   constant, optimizer.
 
+  On several processes (`processes.start`) all call this with the same settings
+  and the same MODEL_DIR.
+
   Args:
     run: the user's settings.
     records: what to train on instead of the run's task.
@@ -41,22 +49,62 @@ def train(
     ValueError: bad input, before anything is spent.
     LedgerError: MODEL_DIR belongs to another plan, or its ledger is damaged.
     CheckpointError: no checkpoint can be read, or the last cannot be written.
+    ElsewhereError: any of these, in another process.
     KeyboardInterrupt: interrupted, after saving what was done.
   """
   # The noise must not depend on how arrays are sharded.
   jax.config.update("jax_threefry_partitionable", True)
+  told = processes.comparable(run)
+  told.pop("model_dir", None)  # may have another name on another machine
+  processes.check_equal("settings", told)
+  layout = processes.everywhere(lambda: _checked_layout(run))
   directory = pathlib.Path(run.model_dir).expanduser()
-  directory.mkdir(parents=True, exist_ok=True)
-  with ledger_lib.opened(directory) as ledger, _sigterm_interrupts():
-    if not ledger.header and any(directory.glob("checkpoints/[0-9]*")):
-      raise ledger_lib.LedgerError(
-        f"{directory} has checkpoints but no ledger ({ledger.path.name}): what"
-        " was released is unknown. Restore the ledger, or start in a new"
-        " MODEL_DIR."
+  processes.first(lambda: directory.mkdir(parents=True, exist_ok=True))
+  processes.check_shared(directory)
+  with contextlib.ExitStack() as stack, processes.interruptible():
+
+    def prepare() -> tuple[ledger_lib.Ledger, preparation_lib.Preparation]:
+      if processes.is_first():
+        ledger = stack.enter_context(ledger_lib.opened(directory))
+        _check_ledger_is_there(ledger, directory)
+      else:
+        ledger = ledger_lib.read(directory)
+      prepared = preparation_lib.prepare(
+        run, directory, ledger, records, layout
       )
-    prepared = preparation_lib.prepare(run, directory, ledger, records)
-    loop = _Loop(run, directory, ledger, prepared)
-    return loop.run_to_the_end()
+      return ledger, prepared
+
+    ledger, prepared = processes.in_turn(prepare)
+    processes.check_equal(
+      "vocabulary, model, optimizer or code", {"lineage": prepared.lineage}
+    )
+    environments = processes.gathered(prepared.environment)
+    prepared = prepared._replace(
+      environment=lineage_lib.joint_environment(environments)
+    )
+    return _Loop(run, directory, ledger, prepared).run_to_the_end()
+
+
+def _checked_layout(run: run_lib.TrainingRun) -> mesh_lib.Layout | None:
+  layout = mesh_lib.make_layout(run.mesh, run.model)
+  if layout is not None:
+    layout.check_batch(
+      "TrainingRun.physical_batch_size",
+      run.physical_batch_size,
+      run.microbatch_size,
+    )
+  return layout
+
+
+def _check_ledger_is_there(
+  ledger: ledger_lib.Ledger, directory: pathlib.Path
+) -> None:
+  if not ledger.header and any(directory.glob("checkpoints/[0-9]*")):
+    raise ledger_lib.LedgerError(
+      f"{directory} has checkpoints but no ledger ({ledger.path.name}): what"
+      " was released is unknown. Restore the ledger, or start in a new"
+      " MODEL_DIR."
+    )
 
 
 class _Loop:
@@ -71,13 +119,12 @@ class _Loop:
   ):
     self.run, self.directory, self.ledger = run, directory, ledger
     self.prepared, self.plan = prepared, prepared.plan
-    step = prepared.step
-    self.zeros = jax.jit(
-      lambda params, opt_state: step.zeros(params, prepared.batch, opt_state)
+    programs = programs_lib.make_programs(
+      prepared.step, prepared.params, prepared.batch, prepared.layout
     )
-    self.accumulate = jax.jit(step.accumulate, donate_argnums=1)
-    # Parameters are not donated: a checkpoint may still be reading them.
-    self.finish = jax.jit(step.finish, donate_argnums=())
+    self.gathered, self.zeros = programs.gathered, programs.zeros
+    self.accumulate, self.finish = programs.accumulate, programs.finish
+    self.batches_built = itertools.count()
     self.epsilon = _EpsilonMeter(self.plan.delta, self.plan.relation)
     self.evaluation: evaluation_lib.Evaluation | None = None
 
@@ -90,7 +137,7 @@ class _Loop:
       ) as checkpoints,
     ):
       step, state = self._restore(checkpoints)
-      limit = self._last_affordable(step)
+      limit = processes.first(lambda: self._last_affordable(step))
       progress = progress_lib.Progress(
         self.directory if self.run.tensorboard else None,
         self.plan.num_steps,
@@ -102,6 +149,8 @@ class _Loop:
           f"the budget, epsilon {self.plan.target_epsilon:g}, allows {limit} of"
           f" {self.plan.num_steps} updates"
         )
+      if self.prepared.layout is not None:
+        self._say_layout(self.prepared.layout)
       chosen = self.prepared.clipping
       progress_lib.say(f"clipping: {chosen.method} ({chosen.reason})")
       if step >= limit:
@@ -129,27 +178,33 @@ class _Loop:
     self, checkpoints: checkpoints_lib.Checkpoints
   ) -> tuple[int, Any]:
     """State to go on from, and the branch on which to go on."""
-    like = jax.eval_shape(self.prepared.initial_state)
-    restored = checkpoints.restore(like)
+    restored = checkpoints.restore(self.prepared.state_like())
     if restored is not None:
-      self.ledger.check_contains(restored.metadata["ledger"])
       step, state = restored.step, restored.state
     else:
       step, state = 0, self.prepared.initial_state()
-    self.branch = self.ledger.open_branch(
-      checkpoint_branch=restored.metadata["branch"] if restored else "",
-      checkpoint_step=restored.step if restored else 0,
-      lineage=self.prepared.lineage,
-      environment=self.prepared.environment,
-      state=checkpoints_lib.state_digest(jax.device_get(state)),
-    )
+    digest = checkpoints_lib.state_digest(state)
+
+    def open_branch() -> dict[str, Any]:
+      if restored is not None:
+        self.ledger.check_contains(restored.metadata["ledger"])
+      branch = self.ledger.open_branch(
+        checkpoint_branch=restored.metadata["branch"] if restored else "",
+        checkpoint_step=step,
+        lineage=self.prepared.lineage,
+        environment=self.prepared.environment,
+        state=digest,
+      )
+      return branch._asdict()
+
+    self.branch = ledger_lib.Branch(**processes.first(open_branch))
     return step, state
 
   def _last_affordable(self, step: int) -> int:
     """Updates that may be made before the budget is spent."""
-    written = max(step, self.ledger.last_step(self.branch.name) + 1)
     if self.plan.target_epsilon is None:
       return self.plan.num_steps
+    written = max(step, self.ledger.last_step(self.branch.name) + 1)
     return written + accounting.affordable_steps(
       self.ledger.releases(),
       list(self.plan.releases(written)),
@@ -161,20 +216,23 @@ class _Loop:
   def _update(self, step: int, state: Any) -> tuple[int, Any, Any]:
     """One update: the only road from private examples to parameters."""
     release = self.plan.release(step)
-    indices = sampling.poisson_sample(
-      self._key("sampling", step),
-      self.plan.num_examples,
-      release.sampling_prob,
-    )
-    accumulator = self.zeros(state["params"], state["opt_state"])
-    examples_key = self._key("examples", step)
-    for batch in batches.physical_batches(
-      self.prepared.store, indices, self.run.physical_batch_size
-    ):
-      accumulator = self.accumulate(
-        state["params"], accumulator, batch, examples_key
+    with _on_host():
+      indices = sampling.poisson_sample(
+        self._key("sampling", step),
+        self.plan.num_examples,
+        release.sampling_prob,
       )
-    self.ledger.record(self.branch.name, step, release)
+    params = self.gathered(state["params"])
+    accumulator = self.zeros(params, state["opt_state"])
+    examples_key = self._key("examples", step)
+    # Nothing here waits for a device: the next batch is built meanwhile.
+    for batch in self._batches(indices):
+      accumulator = self.accumulate(params, accumulator, batch, examples_key)
+    self._stop_if_asked()
+    # On every process the update is dispatched after this returned, and this
+    # returns after the line is on disk: whoever is killed when, no parameters
+    # exist that the ledger does not know.
+    processes.first(lambda: self.ledger.record(self.branch.name, step, release))
     params, opt_state, statistics = self.finish(
       state["params"],
       state["opt_state"],
@@ -184,6 +242,20 @@ class _Loop:
       expected_batch_size=float(self.plan.expected_batch_size(step)),
     )
     return step + 1, {"params": params, "opt_state": opt_state}, statistics
+
+  def _batches(self, indices: Any) -> Iterator[Any]:
+    """Physical batches on their devices; this process builds its own rows."""
+    size, layout = self.run.physical_batch_size, self.prepared.layout
+    rows = layout.own_rows(size) if layout else None
+    for batch in batches.physical_batches(
+      self.prepared.store, indices, size, rows
+    ):
+      self._stop_if_asked()
+      yield layout.place(batch, size) if layout else batch
+
+  def _stop_if_asked(self) -> None:
+    if processes.stop_asked(next(self.batches_built)):
+      raise KeyboardInterrupt
 
   def _key(self, purpose: str, step: int) -> jax.Array:
     return self.prepared.seed.key(purpose, self.branch.name, step)
@@ -200,14 +272,16 @@ class _Loop:
     curves: dict[str, float] = {}
     if self._due(step, self.run.log_period) or step == limit:
       curves |= {f"unprotected/{k}": float(v) for k, v in statistics.items()}
-      epsilon = self.epsilon(self.ledger, now=step == limit)
+      epsilon = None
+      if processes.is_first():
+        epsilon = self.epsilon(self.ledger, now=step == limit)
       if epsilon is not None:
         progress.show(epsilon=f"{epsilon:.3f} at {step}")
         curves |= {"epsilon": epsilon}
     if self.prepared.evaluator and (
       self._due(step, self.run.evaluation.period) or step == limit
     ):
-      self.evaluation = self.prepared.evaluator.evaluate(state["params"])
+      self.evaluation = self._evaluated(self.prepared.evaluator, state)
       progress_lib.say(
         f"update {step}: validation accuracy"
         f" {100 * self.evaluation.accuracy:.2f} % (constant guess"
@@ -221,6 +295,24 @@ class _Loop:
     if curves:
       progress.curves(step, curves)
 
+  def _evaluated(
+    self, evaluator: evaluation_lib.Evaluator, state: Any
+  ) -> evaluation_lib.Evaluation:
+    return evaluator.evaluate(self.gathered(state["params"]))
+
+  def _say_layout(self, layout: mesh_lib.Layout) -> None:
+    sizes = ", ".join(f"{k} {v}" for k, v in layout.mesh.shape.items())
+    progress_lib.say(
+      f"mesh: {sizes}; {jax.process_count()} process(es), each shard gets"
+      f" {self.run.physical_batch_size // layout.num_shards} rows of a physical"
+      " batch"
+    )
+    if layout.whole:
+      progress_lib.say(
+        "not split, since the mesh does not divide it:"
+        f" {', '.join(layout.whole)}"
+      )
+
   def _save(
     self, checkpoints: checkpoints_lib.Checkpoints, step: int, state: Any
   ) -> None:
@@ -229,6 +321,8 @@ class _Loop:
       state,
       {"branch": self.branch.name, "ledger": self.ledger.segments()},
     )
+    if not processes.is_first():
+      return
     try:
       report_lib.write_report(self.ledger, self.directory)
     except OSError as error:
@@ -239,8 +333,13 @@ class _Loop:
 
   def _result(self, step: int, state: Any) -> run_lib.TrainingResult:
     if self.evaluation is None and self.prepared.evaluator:
-      self.evaluation = self.prepared.evaluator.evaluate(state["params"])
-    report = report_lib.make_report(self.ledger)
+      self.evaluation = self._evaluated(self.prepared.evaluator, state)
+
+    def guarantee() -> tuple[float, float]:
+      report = report_lib.make_report(self.ledger)
+      return report.epsilon.value, report.delta
+
+    epsilon, delta = processes.first(guarantee)
     stopped = ""
     if step < self.plan.num_steps:
       stopped = f"one more would exceed epsilon {self.plan.target_epsilon:g}"
@@ -248,8 +347,8 @@ class _Loop:
     return run_lib.TrainingResult(
       step=step,
       stopped=stopped,
-      epsilon=report.epsilon.value,
-      delta=report.delta,
+      epsilon=epsilon,
+      delta=delta,
       accuracy=self.evaluation.accuracy if self.evaluation else None,
       baseline_accuracy=self.evaluation.baseline_accuracy
       if self.evaluation
@@ -282,19 +381,12 @@ class _EpsilonMeter:
     return value
 
 
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Any:
-  """Lets a cluster's SIGTERM end a run as Ctrl-C does: after saving."""
-
-  def interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
+def _on_host() -> contextlib.AbstractContextManager[Any]:
+  """Computes beside the accelerator, whose queue of batches may be long."""
+  if jax.default_backend() == "cpu":
+    return contextlib.nullcontext()
   try:
-    before = signal.signal(signal.SIGTERM, interrupt)
-  except ValueError:  # not the main thread: leave signals alone
-    yield
-    return
-  try:
-    yield
-  finally:
-    signal.signal(signal.SIGTERM, before)
+    host = jax.local_devices(backend="cpu")[0]
+  except RuntimeError:  # JAX_PLATFORMS leaves the host out
+    return contextlib.nullcontext()
+  return jax.default_device(host)

@@ -19,6 +19,7 @@ from dptrain.privacy import ledger as ledger_lib
 from dptrain.privacy import plan as plan_lib
 from dptrain.training import evaluation as evaluation_lib
 from dptrain.training import lineage as lineage_lib
+from dptrain.training import mesh as mesh_lib
 from dptrain.training import numerics
 from dptrain.training import objective as objective_lib
 from dptrain.training import records as records_lib
@@ -38,6 +39,8 @@ class Preparation(NamedTuple):
     step: the private step.
     clipping: how it clips, and why so.
     batch: shapes of a physical batch.
+    params: shapes of the parameters.
+    layout: where arrays are on a mesh; None on one device.
     lineage: digest of what decides the gradients.
     environment: digest of what may change their rounding.
   """
@@ -50,6 +53,8 @@ class Preparation(NamedTuple):
   step: step_lib.PrivateStep
   clipping: methods.Choice
   batch: dict[str, jax.ShapeDtypeStruct]
+  params: Any
+  layout: mesh_lib.Layout | None
   lineage: str
   environment: str
 
@@ -57,8 +62,39 @@ class Preparation(NamedTuple):
     """Fresh parameters and optimizer state; the same at every start."""
     key = self.seed.key("initial parameters", branch="")
     # The key is an argument: a compiled program may be kept on disk.
-    params = jax.jit(self.objective.model.init)(key)
-    return {"params": params, "opt_state": self.step.init(params)}
+    if self.layout is None:
+      params = jax.jit(self.objective.model.init)(key)
+      return {"params": params, "opt_state": self.step.init(params)}
+    places = self._places(self.layout)
+    init = jax.jit(self.objective.model.init, out_shardings=places["params"])
+    params = init(key)
+    begin = jax.jit(self.step.init, out_shardings=places["opt_state"])
+    return {"params": params, "opt_state": begin(params)}
+
+  def state_like(self) -> dict[str, Any]:
+    """Shapes of the state, with the places of its arrays."""
+    shapes = self._shapes()
+    if self.layout is None:
+      here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+      places = jax.tree.map(lambda _: here, shapes)
+    else:
+      places = self._places(self.layout)
+    return jax.tree.map(
+      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+      shapes,
+      places,
+    )
+
+  def _shapes(self) -> dict[str, Any]:
+    opt_state = jax.eval_shape(self.step.init, self.params)
+    return {"params": self.params, "opt_state": opt_state}
+
+  def _places(self, layout: mesh_lib.Layout) -> dict[str, Any]:
+    shapes = self._shapes()
+    return {
+      "params": layout.params,
+      "opt_state": layout.opt_state(self.params, shapes["opt_state"]),
+    }
 
 
 def prepare(
@@ -66,14 +102,19 @@ def prepare(
   directory: pathlib.Path,
   ledger: ledger_lib.Ledger,
   records: records_lib.Records | None = None,
+  layout: mesh_lib.Layout | None = None,
 ) -> Preparation:
   """Reads the corpus, makes the plan and checks everything.
+
+  Of several processes the first must be done with this before the others call
+  it: they read what it has written.
 
   Args:
     run: the user's settings.
     directory: MODEL_DIR, which exists.
-    ledger: its ledger, open for writing.
+    ledger: its ledger, open for writing; for the other processes, read.
     records: what to train on instead of the run's task.
+    layout: of the mesh; None on one device.
 
   Returns:
     What the loop needs; the ledger has its header.
@@ -133,13 +174,17 @@ def prepare(
     plan=plan,
     seed=seed,
     store=store,
-    evaluator=evaluation_lib.Evaluator(objective, validation, run.evaluation)
+    evaluator=evaluation_lib.Evaluator(
+      objective, validation, run.evaluation, layout
+    )
     if validation is not None
     else None,
     objective=objective,
     step=step,
     clipping=clipping,
     batch=batch,
+    params=params,
+    layout=layout,
     lineage=lineage_lib.lineage(
       plan=plan.as_dict(),
       corpus=corpus_fingerprint,
@@ -149,7 +194,9 @@ def prepare(
       ),
     ),
     environment=lineage_lib.environment(
-      run.physical_batch_size, run.microbatch_size
+      run.physical_batch_size,
+      run.microbatch_size,
+      layout.described() if layout else "",
     ),
   )
 

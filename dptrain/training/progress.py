@@ -8,11 +8,12 @@ from typing import Any
 import tqdm
 
 from dptrain.privacy import report
+from dptrain.training import processes
 from dptrain.training import run as run_lib
 
 
 class Progress:
-  """A progress bar and TensorBoard curves.
+  """A progress bar and TensorBoard curves, of the first process alone.
 
   Only public figures by default: examples are *expected* examples, since the
   realised batch sizes are private.
@@ -36,8 +37,9 @@ class Progress:
       mininterval=0.5 if sys.stderr.isatty() else 15,
       dynamic_ncols=True,
       smoothing=0.1,
+      disable=not processes.is_first(),
     )
-    self._directory = directory
+    self._directory = directory if processes.is_first() else None
     self._writer: Any = None
     self._shown: dict[str, str] = {}
     self._expected_examples = 0
@@ -52,6 +54,8 @@ class Progress:
     """One update was made."""
     self._expected_examples += expected_batch_size
     self._bar.update()
+    if self._bar.disable:
+      return
     seconds = self._bar.format_dict["elapsed"]
     if seconds:
       self._shown["examples/s"] = f"{self._expected_examples / seconds:.0f}"
@@ -60,6 +64,8 @@ class Progress:
   def show(self, **values: str) -> None:
     """Puts figures beside the bar, until they are replaced."""
     self._shown.update(values)
+    if self._bar.disable:
+      return
     self._bar.set_postfix(self._shown, refresh=False)
 
   def curves(self, step: int, values: Mapping[str, float]) -> None:
@@ -81,8 +87,9 @@ class Progress:
 
 
 def say(text: str) -> None:
-  """Prints a line on stderr, above the bar if there is one."""
-  tqdm.tqdm.write(text, file=sys.stderr)
+  """Prints a line on stderr, above the bar if there is one; once for all."""
+  if processes.is_first():
+    tqdm.tqdm.write(text, file=sys.stderr)
 
 
 def summary(

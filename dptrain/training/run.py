@@ -11,6 +11,7 @@ from dptrain.models import masked_lm
 from dptrain.privacy import plan as plan_lib
 from dptrain.training import checkpoints as checkpoints_lib
 from dptrain.training import evaluation as evaluation_lib
+from dptrain.training import mesh as mesh_lib
 from dptrain.training import settings
 
 
@@ -26,11 +27,12 @@ class TrainingRun:
     privacy: batch schedule, clipping, noise, budget.
     optimizer: any optax transformation.
     sequence_length: T, tokens of one record; a record is the privacy unit.
-    physical_batch_size: records whose gradients are in memory at once; changes
-      speed and memory, never the result.
-    microbatch_size: records that are clipped at once, in a loop on the device;
-      divides `physical_batch_size`. None: all of them. Also changes only speed
-      and memory.
+    physical_batch_size: records whose gradients are in memory at once, on all
+      devices together; changes speed and memory, never the result.
+    microbatch_size: records that one shard of the mesh (one device, say) clips
+      at once, in a loop; divides its part of `physical_batch_size`. None: all
+      of them. Also changes only speed and memory.
+    mesh: how devices are arranged; all of them by default.
     clipping_method: "auto", "one_pass", "two_pass" or "vmap": changes speed and
       memory, never the result (`dptrain.clipping.methods`).
     vocabulary: how the vocabulary is trained, or where it is.
@@ -67,6 +69,9 @@ class TrainingRun:
   )
   evaluation: evaluation_lib.EvaluationSettings = dataclasses.field(
     default_factory=evaluation_lib.EvaluationSettings
+  )
+  mesh: mesh_lib.MeshSettings = dataclasses.field(
+    default_factory=mesh_lib.MeshSettings
   )
   train_split: str = "train"
   validation_split: str | None = "validation"

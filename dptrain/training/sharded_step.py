@@ -1,13 +1,14 @@
 """The private step on a mesh: examples are clipped where they are.
 
-Every shard of the data axis keeps a sum of its own; they meet once per update,
-when noise is due. Until then no collective touches a gradient, however many
-physical batches there are.
+Every shard keeps a sum of its own; they meet once per update, when noise is
+due. Until then no collective touches a gradient, however many physical batches
+there are.
 
-Shapes: B physical batch over all shards, S shards of the data axis.
+Shapes: B physical batch over all shards, S shards.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from dptrain.training import step as step_lib
 
 @dataclasses.dataclass(frozen=True)
 class ShardedStep:
-  """As `PrivateStep`, over the data axis of a mesh; other axes are left to jax.
+  """As `PrivateStep`, over some axes of a mesh; other axes are left to jax.
 
   Formal guarantee: that of `PrivateStep`. The sum over shards of sums of
   clipped gradients is the sum over the physical batch: an example is on one
@@ -32,37 +33,31 @@ class ShardedStep:
   Attributes:
     step: the private step; its `microbatch_size` is that of one shard.
     mesh: the devices.
-    data_axis: the mesh's axis along which examples are dealt out.
+    shard_axes: the mesh's axes along which examples are dealt out; S is the
+      product of their sizes. Parameters must be whole along them: inside
+      `accumulate`, what is not whole is gathered first.
   """
 
   step: step_lib.PrivateStep
   mesh: Mesh
-  data_axis: str = "data"
+  shard_axes: tuple[str, ...] = ("data",)
 
   def __post_init__(self) -> None:
-    if self.data_axis not in self.mesh.axis_names:
+    if unknown := set(self.shard_axes) - set(self.mesh.axis_names):
       raise ValueError(
-        f"data_axis={self.data_axis!r} is none of the mesh's axes"
-        f" {self.mesh.axis_names}; name the one that examples are dealt along."
+        f"shard_axes={self.shard_axes!r}: {sorted(unknown)} are none of the"
+        f" mesh's axes {self.mesh.axis_names}; name those that examples are"
+        " dealt along."
       )
 
   @property
   def num_shards(self) -> int:
     """S."""
-    return int(self.mesh.shape[self.data_axis])
+    return math.prod(self.mesh.shape[axis] for axis in self.shard_axes)
 
   def batch_sharding(self) -> NamedSharding:
     """How the rows of a physical batch are dealt out."""
-    return NamedSharding(self.mesh, PartitionSpec(self.data_axis))
-
-  def check(self, physical_batch_size: int) -> None:
-    """Raises ValueError unless S divides B."""
-    if physical_batch_size % self.num_shards:
-      raise ValueError(
-        f"physical_batch_size={physical_batch_size} is not a multiple of the"
-        f" {self.num_shards} shards of mesh axis {self.data_axis!r}; choose a"
-        " multiple, or a smaller data axis."
-      )
+    return NamedSharding(self.mesh, PartitionSpec(self.shard_axes))
 
   def init(self, params: Any) -> Any:
     """As `PrivateStep.init`."""
@@ -76,7 +71,11 @@ class ShardedStep:
 
     def stacked(x: jax.Array) -> jax.Array:
       every = jnp.broadcast_to(x, (shards, *x.shape))
-      return jax.lax.with_sharding_constraint(every, self.batch_sharding())
+      free = [PartitionSpec.UNCONSTRAINED] * x.ndim
+      spec = PartitionSpec(self.shard_axes, *free)
+      return jax.lax.with_sharding_constraint(
+        every, NamedSharding(self.mesh, spec)
+      )
 
     one = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(
@@ -102,14 +101,14 @@ class ShardedStep:
       own = self.step.accumulate(params, own, batch, examples_key)
       return jax.tree.map(lambda x: x[None], own)
 
-    along = PartitionSpec(self.data_axis)
+    along = PartitionSpec(self.shard_axes)
     everywhere = PartitionSpec()
     return jax.shard_map(
       local,
       mesh=self.mesh,
       in_specs=(everywhere, along, along, everywhere),
       out_specs=along,
-      axis_names={self.data_axis},
+      axis_names=set(self.shard_axes),
       # Taps are custom derivatives: what varies along the mesh is not inferred.
       check_vma=False,
     )(params, accumulator, batch, examples_key)

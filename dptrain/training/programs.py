@@ -1,0 +1,105 @@
+"""The compiled programs of a run, on one device or on a mesh.
+
+Shapes: B physical batch, S shards of a mesh.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from dptrain.training import mesh as mesh_lib
+from dptrain.training import sharded_step
+from dptrain.training import step as step_lib
+
+
+class Programs(NamedTuple):
+  """What a loop calls, in this order.
+
+  Attributes:
+    gathered: params -> parameters as the update needs them: whole along fsdp.
+    zeros: (gathered, opt_state) -> an empty accumulator.
+    accumulate: as `PrivateStep.accumulate`, on gathered parameters; takes the
+      accumulator's memory over. On a mesh without model axis it has no
+      collective.
+    finish: as `PrivateStep.finish`, on parameters at rest. The one reduction of
+      an update is in it.
+  """
+
+  gathered: Callable[[Any], Any]
+  zeros: Callable[[Any, Any], step_lib.Accumulator]
+  accumulate: Callable[..., step_lib.Accumulator]
+  finish: Callable[..., tuple[Any, Any, dict[str, jax.Array]]]
+
+
+def make_programs(
+  step: step_lib.PrivateStep,
+  params: Any,
+  batch: Any,
+  layout: mesh_lib.Layout | None = None,
+) -> Programs:
+  """Jits the private step; nothing is compiled until it is called.
+
+  Args:
+    step: the private step.
+    params: shapes of the parameters.
+    batch: shapes of a physical batch [B, ...].
+    layout: of the mesh; None for one device.
+
+  Returns:
+    The programs.
+  """
+  if layout is None:
+    return Programs(
+      gathered=lambda params: params,
+      zeros=jax.jit(
+        lambda params, opt_state: step.zeros(params, batch, opt_state)
+      ),
+      accumulate=jax.jit(step.accumulate, donate_argnums=1),
+      # Parameters are not donated: a checkpoint may still be reading them.
+      finish=jax.jit(step.finish, donate_argnums=()),
+    )
+  sharded = sharded_step.ShardedStep(
+    step, layout.mesh, shard_axes=mesh_lib.SHARD_AXES
+  )
+
+  def zeros(params: Any, opt_state: Any) -> step_lib.Accumulator:
+    return sharded.zeros(params, batch, opt_state)
+
+  opt_state = jax.eval_shape(step.init, params)
+  accumulator = accumulator_shardings(
+    layout, jax.eval_shape(step.zeros, params, batch, opt_state)
+  )
+  if layout.gathered_params == layout.params:
+    gathered = lambda params: params  # noqa: E731
+  else:
+    gathered = jax.jit(lambda x: x, out_shardings=layout.gathered_params)
+  return Programs(
+    gathered=gathered,
+    zeros=jax.jit(zeros, out_shardings=accumulator),
+    accumulate=jax.jit(
+      sharded.accumulate, donate_argnums=1, out_shardings=accumulator
+    ),
+    finish=jax.jit(
+      sharded.finish,
+      out_shardings=(
+        layout.params,
+        layout.opt_state(params, opt_state),
+        layout.replicated,
+      ),
+    ),
+  )
+
+
+def accumulator_shardings(
+  layout: mesh_lib.Layout, accumulator: step_lib.Accumulator
+) -> step_lib.Accumulator:
+  """Where the stacked accumulator is: every shard holds its own part.
+
+  Args:
+    layout: of the mesh.
+    accumulator: its structure.
+  """
+  rest = accumulator._replace(gradients=None)
+  placed = jax.tree.map(lambda _: layout.rows, rest)
+  return placed._replace(gradients=layout.sums)
