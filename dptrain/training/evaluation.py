@@ -86,7 +86,13 @@ class Evaluator:
       np.add.at(counts, masked["labels"], masked["weights"])
     self._num_tokens = int(counts.sum())
     self._baseline = float(counts.max() / max(self._num_tokens, 1))
-    self._losses = jax.jit(objective.model.losses)
+
+    @jax.jit
+    def summed(params: Any, masked: Any) -> dict[str, jax.Array]:
+      _, aux = objective.model.losses(params, masked)
+      return {name: aux[name].sum() for name in ("correct", "loss_sum")}
+
+    self._summed = summed
 
   @property
   def masked_batches(self) -> list[Any]:
@@ -94,12 +100,12 @@ class Evaluator:
     return self._batches
 
   def evaluate(self, params: Any) -> Evaluation:
-    """Evaluates `params` on the whole of the held split."""
+    """Evaluates `params`, whole along fsdp, on the whole of the held split."""
     sums = {"correct": 0.0, "loss_sum": 0.0}
     for masked in self._batches:
-      _, aux = self._losses(params, masked)
+      found = self._summed(params, self._placed(masked))
       for name in sums:
-        sums[name] += float(aux[name].sum())
+        sums[name] += float(found[name])
     count = max(self._num_tokens, 1)
     return Evaluation(
       accuracy=sums["correct"] / count,
@@ -107,3 +113,10 @@ class Evaluator:
       baseline_accuracy=self._baseline,
       num_tokens=self._num_tokens,
     )
+
+  def _placed(self, masked: Any) -> Any:
+    if self._layout is None:
+      return masked
+    rows = self._layout.own_rows(self._size)
+    own = jax.tree.map(lambda x: x[rows], masked)
+    return self._layout.place(own, self._size)

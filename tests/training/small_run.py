@@ -1,7 +1,7 @@
 """A private run that takes seconds: no TensorFlow, records made of numbers.
 
-Also a program: `python small_run.py MODEL_DIR 'OPTIONS AS JSON'` trains through
-the command line's own `main`, so that a test can kill it.
+Also a program: `python small_run.py MODEL_DIR 'OPTIONS AS JSON' [FLAGS]` trains
+through the command line's own `main`, so that a test can kill it.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ from dptrain.privacy import schedule
 from dptrain.training import checkpoints
 from dptrain.training import evaluation
 from dptrain.training import loop
+from dptrain.training import mesh as mesh_lib
 from dptrain.training import records as records_lib
 from dptrain.training import run as run_lib
 
@@ -91,6 +92,13 @@ class QuickModel(masked_lm.MaskedLanguageModel):
       for key, (name, shape) in zip(keys, shapes.items(), strict=True)
     }
 
+  def logical_axes(self):
+    return {
+      "tokens": ("vocab", "embed"),
+      "positions": ("positions", "embed"),
+      "mix": ("embed", "mlp"),
+    }
+
   def _logits(self, params, batch, keys):
     del keys
     inputs = batch["inputs"]
@@ -117,13 +125,21 @@ def make_run(
   width=16,
   max_length=LENGTH,
   fixed_seed=7,
+  mesh=None,
+  bert_settings=None,
   **settings,
 ):
-  """`sizes`: expected batch of the first and of the second half."""
+  """A whole run.
+
+  `sizes`: expected batch of the first and of the second half; `mesh`: options of
+  its settings, one device by default; `bert_settings`: train a Bert of these.
+  """
   return run_lib.TrainingRun(
     model_dir=str(model_dir),
     task="not read",
-    model=QuickModel(model(width, max_length=max_length).bert),
+    model=QuickModel(model(width, max_length=max_length).bert)
+    if bert_settings is None
+    else model(width, max_length=max_length, **bert_settings),
     privacy=plan.PrivacySettings(
       schedule=schedule.BatchSchedule(
         [
@@ -145,6 +161,7 @@ def make_run(
     evaluation=settings.pop("evaluation", evaluation.EvaluationSettings()),
     tensorboard=settings.pop("tensorboard", False),
     fixed_seed=fixed_seed,
+    mesh=mesh_lib.MeshSettings(**(mesh or {"data": 1})),
     **settings,
   )
 
@@ -160,8 +177,16 @@ def newest_state(model_dir):
 
   folder = pathlib.Path(model_dir) / "checkpoints"
   step = max(int(path.name) for path in folder.iterdir() if path.name.isdigit())
-  with ocp.StandardCheckpointer() as reader:
-    tree = reader.restore((folder / str(step) / "state").absolute())
+  with ocp.PyTreeCheckpointer() as reader:
+    path = (folder / str(step) / "state").absolute()
+    # As they are, wherever they were when they were saved.
+    plain = jax.tree.map(
+      lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+      reader.metadata(path).item_metadata.tree,
+    )
+    tree = reader.restore(
+      path, args=ocp.args.PyTreeRestore(restore_args=plain)
+    )
   return step, dict(_flat("", tree))
 
 
@@ -233,7 +258,7 @@ def main():
     ),
     full_disk(limit) if limit else contextlib.nullcontext(),
   ):
-    status = cli.main(["train"])
+    status = cli.main(["train", *sys.argv[3:]])
   print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
   return status
 
