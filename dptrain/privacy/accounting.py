@@ -16,7 +16,6 @@ import math
 import dp_accounting
 from dp_accounting import pld
 from dp_accounting import rdp
-from scipy import optimize
 
 RELATIONS = {
   "zero_out": dp_accounting.NeighboringRelation.REPLACE_SPECIAL,
@@ -30,18 +29,17 @@ RDP_ORDERS = tuple(
   + [80, 96, 128, 192, 256, 512, 1024, 2048, 4096]
 )
 
+# Enough to tell which noise to try first.
+FEW_RDP_ORDERS = (1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 12, 16, 32, 64, 256, 1024)
+
 # PLD time grows with segments / interval; fine grids only while that is quick.
 _FINE_INTERVAL, _COARSE_INTERVAL = 1e-4, 1e-3
 _MAX_SEGMENTS_FOR_FINE = 8
 # Its memory grows with epsilon / interval, and nobody defends more than this.
-_MAX_EPSILON_FOR_PLD = 50.0
+MAX_EPSILON_FOR_PLD = 50.0
 
-_LARGEST_NOISE = 1e4
-_NOISE_TOLERANCE = 1e-4
 # Below it dp-accounting overflows to NaN; epsilon is beyond 1e200 anyway.
 _SMALLEST_NOISE = 1e-100
-# What calibration, which takes logarithms, reads for an epsilon of 0.
-_SMALLEST_EPSILON = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,30 +149,53 @@ def _bound(
   composed: tuple[Releases, ...], delta: float, relation: str, quick: bool
 ) -> Epsilon:
   """`epsilon` of releases that are merged and not empty."""
-  neighbouring = _relation(relation)
   if _without_noise(composed):
     note = f"PLD not computed: noise below {_SMALLEST_NOISE:g} counts as none"
     return Epsilon(math.inf, "RDP", "no noise", math.inf, None, note)
-  whole = event(composed)
-  renyi = rdp.RdpAccountant(RDP_ORDERS, neighboring_relation=neighbouring)
-  with _without_order_warnings():
-    renyi.compose(whole)
-  renyi_epsilon, order = renyi.get_epsilon_and_optimal_order(delta)
-  renyi_epsilon, settings = float(renyi_epsilon), f"order {float(order):g}"
-  if not renyi_epsilon <= _MAX_EPSILON_FOR_PLD:
-    note = f"PLD not computed: the RDP bound exceeds {_MAX_EPSILON_FOR_PLD:g}"
-    return Epsilon(renyi_epsilon, "RDP", settings, renyi_epsilon, None, note)
-  fine = not quick and len(composed) <= _MAX_SEGMENTS_FOR_FINE
-  interval = _FINE_INTERVAL if fine else _COARSE_INTERVAL
-  losses = pld.PLDAccountant(
-    neighboring_relation=neighbouring, value_discretization_interval=interval
-  )
-  losses.compose(whole)
-  pld_epsilon = float(losses.get_epsilon(delta))
-  if pld_epsilon < renyi_epsilon:
+  by_rdp, order = rdp_bound(composed, delta, relation, RDP_ORDERS)
+  settings = f"order {order:g}"
+  if not by_rdp <= MAX_EPSILON_FOR_PLD:
+    note = f"PLD not computed: the RDP bound exceeds {MAX_EPSILON_FOR_PLD:g}"
+    return Epsilon(by_rdp, "RDP", settings, by_rdp, None, note)
+  interval = pld_interval(composed, quick)
+  by_pld = pld_bound(composed, delta, relation, interval)
+  if by_pld < by_rdp:
     settings = f"discretisation interval {interval:g}"
-    return Epsilon(pld_epsilon, "PLD", settings, renyi_epsilon, pld_epsilon)
-  return Epsilon(renyi_epsilon, "RDP", settings, renyi_epsilon, pld_epsilon)
+    return Epsilon(by_pld, "PLD", settings, by_rdp, by_pld)
+  return Epsilon(by_rdp, "RDP", settings, by_rdp, by_pld)
+
+
+def rdp_bound(
+  composed: Sequence[Releases],
+  delta: float,
+  relation: str,
+  orders: Sequence[float],
+) -> tuple[float, float]:
+  """Epsilon by Renyi DP and the order that gave it."""
+  renyi = rdp.RdpAccountant(orders, neighboring_relation=_relation(relation))
+  with _without_order_warnings():
+    renyi.compose(event(composed))
+  value, order = renyi.get_epsilon_and_optimal_order(delta)
+  return float(value), float(order)
+
+
+@functools.lru_cache(maxsize=64)
+def pld_bound(
+  composed: tuple[Releases, ...], delta: float, relation: str, interval: float
+) -> float:
+  """Epsilon by discretised privacy losses."""
+  losses = pld.PLDAccountant(
+    neighboring_relation=_relation(relation),
+    value_discretization_interval=interval,
+  )
+  losses.compose(event(composed))
+  return float(losses.get_epsilon(delta))
+
+
+def pld_interval(composed: Sequence[Releases], quick: bool) -> float:
+  """The PLD grid that a bound is quoted with."""
+  fine = not quick and len(composed) <= _MAX_SEGMENTS_FOR_FINE
+  return _FINE_INTERVAL if fine else _COARSE_INTERVAL
 
 
 def epsilon_without_amplification(
@@ -196,55 +217,20 @@ def epsilon_without_amplification(
   )
 
 
-def calibrate_noise_multiplier(
-  batches: Sequence[tuple[int, float]],
-  target_epsilon: float,
-  delta: float,
-  relation: str = "zero_out",
-) -> float:
-  """Smallest noise multiplier, to 4 decimals, that stays within a budget.
-
-  Args:
-    batches: pairs (number of updates, sampling_prob).
-    target_epsilon: the budget.
-    delta: in (0, 1).
-    relation: a key of `RELATIONS`.
-
-  Returns:
-    A noise multiplier whose `epsilon(...)` does not exceed `target_epsilon`.
-
-  Raises:
-    ValueError: no noise multiplier up to 10,000 reaches the budget.
-  """
-
-  def excess(log_noise: float) -> float:
-    noise = math.exp(log_noise)
-    releases = [Releases(count, q, noise) for count, q in batches]
-    spent = epsilon(releases, delta, relation, quick=True).value
-    return math.log(max(spent, _SMALLEST_EPSILON) / target_epsilon)
-
-  low, high = 0.0, 0.0
-  if not 0 < target_epsilon < math.inf or excess(math.log(_LARGEST_NOISE)) > 0:
-    raise ValueError(
-      f"target_epsilon={target_epsilon} is reached by no noise multiplier up to"
-      f" {_LARGEST_NOISE:g} at delta={delta}: raise target_epsilon or delta, or"
-      " train for fewer updates or with smaller batches."
-    )
-  while excess(high) > 0:
-    low, high = high, high + 0.5
-  while low == high or excess(low) <= 0:
-    low, high = low - 0.5, low
-  root = optimize.brentq(excess, low, high, xtol=_NOISE_TOLERANCE / 10)
-  steps = math.floor(math.exp(root) / _NOISE_TOLERANCE)
-
-  def fits(noise: float) -> bool:
-    releases = [Releases(count, q, noise) for count, q in batches]
-    return epsilon(releases, delta, relation).value <= target_epsilon
-
-  # The root is good to a step or so; what counts is the bound that is quoted.
-  while not fits(round(steps * _NOISE_TOLERANCE, 4)):
-    steps += 1
-  return round(steps * _NOISE_TOLERANCE, 4)
+def _is_within(
+  releases: Sequence[Releases], budget: float, delta: float, relation: str
+) -> bool:
+  """Whether `epsilon` is at most `budget`; RDP is asked only if it must be."""
+  composed = tuple(merged(releases))
+  if composed and not _without_noise(composed):
+    rough, _ = rdp_bound(composed, delta, relation, FEW_RDP_ORDERS)
+    if rough <= budget:
+      return True
+    if rough <= MAX_EPSILON_FOR_PLD:
+      interval = pld_interval(composed, quick=False)
+      if pld_bound(composed, delta, relation, interval) <= budget:
+        return True
+  return epsilon(releases, delta, relation).value <= budget
 
 
 def affordable_steps(
@@ -270,7 +256,7 @@ def affordable_steps(
 
   def fits(n: int) -> bool:
     both = [*spent, *first_releases(coming, n)]
-    return epsilon(both, delta, relation).value <= target_epsilon
+    return _is_within(both, target_epsilon, delta, relation)
 
   low, high = 0, sum(r.count for r in coming)
   if fits(high):

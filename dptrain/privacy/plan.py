@@ -11,6 +11,7 @@ from typing import Any
 import warnings
 
 from dptrain.privacy import accounting
+from dptrain.privacy import calibration
 from dptrain.privacy import schedule as schedule_lib
 
 CLIPPING_RULES = ("flat", "normalized", "automatic")
@@ -216,7 +217,7 @@ def make_plan(
   if noise_multiplier is None:
     if settings.target_epsilon is None:
       raise ValueError("give noise_multiplier or target_epsilon.")
-    noise_multiplier = accounting.calibrate_noise_multiplier(
+    noise_multiplier = calibration.noise_multiplier(
       [(s.num_steps, s.expected_batch_size / num_examples) for s in segments],
       settings.target_epsilon,
       settings.delta,

@@ -12,6 +12,7 @@ from scipy import optimize
 from scipy import stats
 
 from dptrain.privacy import accounting
+from dptrain.privacy import calibration
 from dptrain.privacy.accounting import Releases
 
 # Of arXiv 2108.01624: 346 million examples, 20,000 updates, epsilon 5.36.
@@ -52,7 +53,7 @@ def gaussian_epsilon(noise, delta):
 )
 def test_noise_for_the_papers_budget(batch, noise):
   batches = [(PAPER_STEPS, batch / PAPER_N)]
-  found = accounting.calibrate_noise_multiplier(batches, 5.36, PAPER_DELTA)
+  found = calibration.noise_multiplier(batches, 5.36, PAPER_DELTA)
   assert found == pytest.approx(noise, rel=0.01)
 
 
@@ -264,7 +265,7 @@ def test_refuses_an_unknown_relation():
 def test_calibration_stays_within_the_budget_and_wastes_little(
   batches, target, relation
 ):
-  noise = accounting.calibrate_noise_multiplier(batches, target, 1e-6, relation)
+  noise = calibration.noise_multiplier(batches, target, 1e-6, relation)
 
   def price(sigma):
     them = [Releases(count, q, sigma) for count, q in batches]
@@ -278,7 +279,7 @@ def test_calibration_stays_within_the_budget_and_wastes_little(
 @pytest.mark.usefixtures("coarse")
 def test_calibration_where_much_noise_costs_nothing():
   assert quick(Releases(10, 0.01, 1e4), delta=1e-3) == 0
-  noise = accounting.calibrate_noise_multiplier([(10, 0.01)], 1.0, 1e-3)
+  noise = calibration.noise_multiplier([(10, 0.01)], 1.0, 1e-3)
   price = quick(Releases(10, 0.01, noise), delta=1e-3)
   assert 0.999 < price <= 1.0
 
@@ -288,7 +289,7 @@ def test_an_unreachable_budget_is_refused(target):
   with pytest.raises(
     ValueError, match=r"target_epsilon=.* no noise .* raise target_epsilon or"
   ):
-    accounting.calibrate_noise_multiplier([(100, 1.0)], target, 1e-6)
+    calibration.noise_multiplier([(100, 1.0)], target, 1e-6)
 
 
 @pytest.mark.parametrize("spent", [[], [Releases(20, 0.02, 1.0)]])

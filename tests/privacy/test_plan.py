@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import pytest
 
 from dptrain.privacy import accounting
+from dptrain.privacy import calibration
 from dptrain.privacy import plan as plan_lib
 from dptrain.privacy.accounting import Releases
 from dptrain.privacy.plan import PrivacySettings
@@ -161,7 +162,7 @@ def test_an_earlier_calibration_is_read_only_without_given_noise(monkeypatch):
   def never(*_):
     raise AssertionError("calibrated again")
 
-  monkeypatch.setattr(accounting, "calibrate_noise_multiplier", never)
+  monkeypatch.setattr(calibration, "noise_multiplier", never)
   resumed = make(
     noise_multiplier=None, target_epsilon=3.0, calibrated_noise=0.77
   )

@@ -1,0 +1,144 @@
+"""How much noise a budget takes: accounting the other way round."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import math
+
+from scipy import optimize
+
+from dptrain.privacy import accounting
+
+_LARGEST_NOISE = 1e4
+_NOISE_TOLERANCE = 1e-4
+# What the search, which takes logarithms, reads for an epsilon of 0.
+_SMALLEST_EPSILON = 1e-12
+# By how much log epsilon rises when log noise falls, more or less.
+_USUAL_SLOPE = 2.5
+
+
+def noise_multiplier(
+  batches: Sequence[tuple[int, float]],
+  target_epsilon: float,
+  delta: float,
+  relation: str = "zero_out",
+) -> float:
+  """Smallest noise multiplier, to 4 decimals, that stays within a budget.
+
+  Args:
+    batches: pairs (number of updates, sampling_prob).
+    target_epsilon: the budget.
+    delta: in (0, 1).
+    relation: a key of `accounting.RELATIONS`.
+
+  Returns:
+    A noise multiplier for which `accounting.epsilon(...)` does not exceed
+    `target_epsilon`.
+
+  Raises:
+    ValueError: no noise multiplier up to 10,000 reaches the budget.
+  """
+  search = _Search(tuple(batches), target_epsilon, delta, relation)
+  # RDP answers at once, PLD asks for less noise; as each of its answers takes
+  # long, it is not asked beyond the fourth decimal, and RDP no more.
+  root, bound = search.root_by_rdp(), search.quoted
+  if (
+    target_epsilon <= accounting.MAX_EPSILON_FOR_PLD
+    and search.excess(search.by_pld, root) <= 0
+  ):
+    root, bound = search.root_by_pld(root), search.by_pld
+
+  def fits(steps: int) -> bool:
+    noise = round(steps * _NOISE_TOLERANCE, 4)
+    return noise > 0 and bound(noise) <= target_epsilon
+
+  # The root is good to a few steps; what counts is the bound that is quoted.
+  steps = max(1, round(math.exp(root) / _NOISE_TOLERANCE))
+  while fits(steps - 1):
+    steps -= 1
+  while not fits(steps):
+    steps += 1
+  return round(steps * _NOISE_TOLERANCE, 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Search:
+  """Bounds on epsilon as functions of the noise; arguments as above."""
+
+  batches: tuple[tuple[int, float], ...]
+  target_epsilon: float
+  delta: float
+  relation: str
+
+  def excess(self, bound: Callable[[float], float], log_noise: float) -> float:
+    """log(epsilon / target): falls with the noise, 0 where it is right."""
+    spent = bound(math.exp(log_noise))
+    return math.log(max(spent, _SMALLEST_EPSILON) / self.target_epsilon)
+
+  def quoted(self, noise: float) -> float:
+    """What `accounting.epsilon` says."""
+    releases = self._releases(noise)
+    return accounting.epsilon(releases, self.delta, self.relation).value
+
+  def by_pld(self, noise: float) -> float:
+    """By PLD on the grid that is quoted."""
+    releases = self._releases(noise)
+    return accounting.pld_bound(
+      releases,
+      self.delta,
+      self.relation,
+      accounting.pld_interval(releases, quick=False),
+    )
+
+  def by_few_orders(self, noise: float) -> float:
+    """By RDP, loosely."""
+    return accounting.rdp_bound(
+      self._releases(noise),
+      self.delta,
+      self.relation,
+      accounting.FEW_RDP_ORDERS,
+    )[0]
+
+  def root_by_rdp(self) -> float:
+    """Log noise that is enough by RDP.
+
+    Raises:
+      ValueError: there is none.
+    """
+
+    def excess(log_noise: float) -> float:
+      return self.excess(self.by_few_orders, log_noise)
+
+    if not 0 < self.target_epsilon < math.inf or (
+      excess(math.log(_LARGEST_NOISE)) > 0
+    ):
+      raise ValueError(
+        f"target_epsilon={self.target_epsilon} is reached by no noise"
+        f" multiplier up to {_LARGEST_NOISE:g} at delta={self.delta}: raise"
+        " target_epsilon or delta, or train for fewer updates or with smaller"
+        " batches."
+      )
+    low, high = 0.0, 0.0
+    while excess(high) > 0:
+      low, high = high, high + 0.5
+    while low == high or excess(low) <= 0:
+      low, high = low - 0.5, low
+    return float(optimize.brentq(excess, low, high, xtol=10 * _NOISE_TOLERANCE))
+
+  def root_by_pld(self, start: float) -> float:
+    """Log noise that is about enough by PLD, from one that is."""
+    step = self.excess(self.by_pld, start) / _USUAL_SLOPE
+    found = optimize.root_scalar(
+      lambda log_noise: self.excess(self.by_pld, log_noise),
+      x0=start,
+      x1=start + (step or -0.01),
+      xtol=10 * _NOISE_TOLERANCE,
+      maxiter=12,
+    )
+    return float(found.root) if found.converged else start
+
+  def _releases(self, noise: float) -> tuple[accounting.Releases, ...]:
+    return tuple(
+      accounting.merged(
+        [accounting.Releases(count, q, noise) for count, q in self.batches]
+      )
+    )
