@@ -9,11 +9,14 @@ example, whose gradient is the per-example gradient.
 Shapes: B batch; P* the shape of a parameter.
 """
 
+import collections
 from collections.abc import Callable, Mapping
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dptrain.clipping import parameter_trees
 from dptrain.clipping import per_example
@@ -79,10 +82,18 @@ def backward_to_squares(
     Losses with per-example gradients of untapped parameters, and the squared
     norms [B] of every parameter's gradient.
   """
-  own, handed_out, losses, aux = _differentiate(
-    loss_fn, params, batch, keys, uses, taps.tap_shapes(uses, single)
+  several = taps.sharing_within(
+    tuple(use for use in uses if use.weight not in single)
   )
-  several = tuple(use for use in uses if use.weight not in single)
+  alone = tuple(use for use in uses if use.weight in single)
+  own, handed_out, losses, aux = _differentiate(
+    loss_fn,
+    params,
+    batch,
+    keys,
+    uses,
+    taps.tap_shapes((*alone, *several), single),
+  )
   kept = Kept(own, taps.captured(several, handed_out), losses, aux)
   squares = squared_norms(several, kept)
   for weight in single:
@@ -136,6 +147,19 @@ def _differentiate(
   return own, handed_out, losses, aux
 
 
+def kept_elements(uses: tuple[taps.Use, ...]) -> collections.Counter[Path]:
+  """How many numbers per example the factors of each weight are.
+
+  An input that layers share counts for the first of them.
+  """
+  kept: collections.Counter[Path] = collections.Counter()
+  for use in uses:
+    inputs = math.prod(use.inputs) if use.same_inputs is None else 0
+    outputs = math.prod(use.outputs)
+    kept[use.weight] += math.prod(use.stack) * (inputs + outputs)
+  return kept
+
+
 def squared_norms(
   uses: tuple[taps.Use, ...], kept: Kept
 ) -> dict[Path, jax.Array]:
@@ -168,11 +192,37 @@ def weighted_sum(
     path: per_example.contraction(scales[path], g)
     for path, g in kept.own.items()
   }
+  tapped = {}
   for path, by_kind in _uses_by_weight(uses).items():
     rows = shapes[path][-2] if by_kind["lookup"] else 0
-    part = _weight_sum(scales[path], by_kind, kept.seen, rows)
-    total[path] = part.reshape(shapes[path])
-  return total
+    tapped[path] = _weight_sum(scales[path], by_kind, kept.seen, rows)
+  return total | in_shape(uses, tapped, shapes)
+
+
+def in_shape(
+  uses: tuple[taps.Use, ...],
+  gradients: Mapping[Path, jax.Array],
+  shapes: Mapping[Path, tuple[int, ...]],
+) -> dict[Path, jax.Array]:
+  """Gradients [S, d, p] of tapped weights in the weights' own shapes P*.
+
+  Args:
+    uses: those of the weights.
+    gradients: by weight.
+    shapes: P* by weight.
+  """
+  orders = {use.weight: use.weight_order for use in uses}
+  result = {}
+  for path, g in gradients.items():
+    shape, order = shapes[path], orders[path]
+    if order is None:
+      result[path] = g.reshape(shape)
+      continue
+    depth = len(shape) - len(order)
+    axes = [*range(depth), *(depth + axis for axis in order)]
+    moved = g.reshape([shape[axis] for axis in axes])
+    result[path] = jnp.transpose(moved, np.argsort(axes).tolist())
+  return result
 
 
 def _uses_by_weight(

@@ -11,6 +11,7 @@
 Shapes: B batch; P* the shape of a parameter.
 """
 
+import collections
 from collections.abc import Mapping
 import math
 from typing import Any, NamedTuple
@@ -53,9 +54,11 @@ def choose(
 ) -> Choice:
   """Decides how to clip, by tracing; nothing is computed.
 
-  "auto" takes one_pass wherever the activations that it keeps are smaller than
-  the gradients that vmap would form, and vmap elsewhere (a model without
-  tappable layers, or tiny weights under long sequences).
+  "auto" takes one_pass wherever the activations that it keeps are fewer numbers
+  than the gradients that vmap would form. Elsewhere it leaves those weights to
+  per-example copies whose own activations outnumber them (the first
+  convolutions of a network, tiny weights under long sequences), and takes vmap
+  if that leaves none.
 
   Args:
     loss_fn: per-example losses.
@@ -85,20 +88,41 @@ def choose(
     if method != "auto":
       raise
     return Choice("vmap", (), f"{type(error).__name__}: {error}")
-  kept = sum(math.prod(shape) for shape, _ in taps.tap_shapes(uses).values())
-  shapes = {
-    p: x.shape for p, x in parameter_trees.leaves_by_path(params).items()
-  }
-  formed = sum(math.prod(shapes[path]) for path in {u.weight for u in uses})
-  share = f"{formed:,} of {sum(map(math.prod, shapes.values())):,} parameters"
-  told = f"{share} are tapped, keeping {kept:,} activations per example"
   if method != "auto":
-    return Choice(method, uses, f"as asked; {told}")
+    return Choice(method, uses, f"as asked; {_told(uses, params)}")
   if not uses:
     return Choice("vmap", (), "no layer of the model can be tapped")
-  if kept > formed:
-    return Choice("vmap", (), f"{told}, more than their gradients take")
-  return Choice("one_pass", uses, told)
+  kept, formed = _sizes(uses, params)
+  if kept.total() > formed.total():
+    small = {weight for weight in kept if kept[weight] <= formed[weight]}
+    fewer = taps.sharing_within(
+      tuple(use for use in uses if use.weight in small)
+    )
+    if not fewer:
+      told = f"{_told(uses, params)}, more than their gradients take"
+      return Choice("vmap", (), told)
+    uses = fewer
+  return Choice("one_pass", uses, _told(uses, params))
+
+
+def _sizes(
+  uses: tuple[taps.Use, ...], params: Any
+) -> tuple[collections.Counter[taps.Path], collections.Counter[taps.Path]]:
+  """By weight: numbers that taps keep, and that its gradient has."""
+  flat = parameter_trees.leaves_by_path(params)
+  kept = book_keeping.kept_elements(uses)
+  return kept, collections.Counter(
+    {weight: math.prod(flat[weight].shape) for weight in kept}
+  )
+
+
+def _told(uses: tuple[taps.Use, ...], params: Any) -> str:
+  kept, formed = _sizes(uses, params)
+  size = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+  return (
+    f"{formed.total():,} of {size:,} parameters are tapped, keeping"
+    f" {kept.total():,} activations per example"
+  )
 
 
 def clipped_sum(

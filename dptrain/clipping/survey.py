@@ -98,11 +98,16 @@ def _candidates(
   # As many as calls: none whose output is thrown away, none numbered like
   # another.
   calls_of = collections.Counter(use.weight for use in look.found.values())
+  # Uses of one weight add up as factors, so they must agree on its two sides.
+  orders = collections.defaultdict(set)
+  for use in look.found.values():
+    orders[use.weight].add(use.weight_order)
   return taps.sharing_within(
     tuple(
       use
       for use in look.found.values()
       if use.weight not in look.spoilt
+      and len(orders[use.weight]) == 1
       and met[use.weight] == calls_of[use.weight]
     )
   )
@@ -172,7 +177,7 @@ class _Look:
       return None
     if not jnp.issubdtype(y.dtype, jnp.floating):
       return None
-    outputs = taps.flat_output(y, rule.num_features(module))
+    outputs = rule.output_rows(module, y).shape
     _check_fit(rule, module, x, outputs, inner)
     ids = rule.kind == "lookup"
     first = name
@@ -190,6 +195,7 @@ class _Look:
       outputs_dtype=y.dtype,
       stack=outer[:depth],
       same_inputs=None if first == name else first,
+      weight_order=rule.weight_order(module),
     )
 
 

@@ -53,6 +53,7 @@ class Use(NamedTuple):
     stack: lengths of the scans around the layer.
     same_inputs: weight and number of an earlier use with the very same input;
       None if it is the first.
+    weight_order: `LayerRule.weight_order`.
   """
 
   weight: Path
@@ -64,6 +65,7 @@ class Use(NamedTuple):
   outputs_dtype: Any
   stack: tuple[int, ...]
   same_inputs: tuple[Path, int] | None
+  weight_order: layer_rules.Order = None
 
   @property
   def name(self) -> tuple[Path, int]:
@@ -167,12 +169,6 @@ class Calls:
   def within(self, module: Any) -> bool:
     """Whether a call of this module is under way."""
     return id(module) in self._open
-
-
-def flat_output(y: jax.Array, num_features: int) -> tuple[int, ...]:
-  """The shape of a layer's output with one axis of features."""
-  lead = y.shape[: y.ndim - num_features]
-  return (*lead, math.prod(y.shape[y.ndim - num_features :]))
 
 
 def tap_shapes(
@@ -306,7 +302,7 @@ def tapped(note: Callable[[int, int], None] | None = None) -> Iterator[None]:
     # An output that is the same for all examples (of positions, say) would get
     # the sum of their gradients: a zero per example tells them apart.
     y = y + jnp.asarray(module.get_variable("params", _ANCHOR), y.dtype)
-    flat = y.reshape(flat_output(y, rule.num_features(module)))
+    rows = rule.output_rows(module, y)
     x = rule.flatten(module, jnp.asarray(args[0]))
     if x is None:
       raise AssertionError("the survey leaves such layers alone")
@@ -317,7 +313,8 @@ def tapped(note: Callable[[int, int], None] | None = None) -> Iterator[None]:
     if note is not None:
       trial: Any = module.get_variable("params", _TRIAL)
       heard = functools.partial(note, trial.shape[-1], number)
-    return _tap(module, rule.kind, number, x, flat, heard).reshape(y.shape)
+    rows = _tap(module, rule.kind, number, x, rows, heard)
+    return rule.output_of(module, rows, y.shape)
 
   with nn.intercept_methods(attach):
     yield

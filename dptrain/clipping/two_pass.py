@@ -34,16 +34,7 @@ def clipped_sum(
   rule: rules.ClippingRule,
   uses: tuple[taps.Use, ...],
 ) -> per_example.ClippedSum:
-  """As `methods.clipped_sum`, which see, for tapped layers `uses`.
-
-  Raises:
-    ValueError: the rule clips by groups: one weight per example cannot.
-  """
-  if rule.groups is not None:
-    raise ValueError(
-      "the two_pass method scales each example's loss once and so cannot clip"
-      " groups of parameters; use method 'one_pass' or 'vmap', or groups=None."
-    )
+  """As `methods.clipped_sum`, which see, for tapped layers `uses`."""
   kept, squares = first_pass(loss_fn, params, batch, keys, uses)
   clip = per_example.clip_factors(squares, kept.losses, is_padding, rule)
   total = sums(loss_fn, params, batch, keys, uses, kept, clip)
@@ -140,8 +131,8 @@ def _tapped_sums(
     weight: jnp.where(any_finite, sums[taps.sum_path(weight)], 0)
     for weight in {use.weight for use in summed}
   }
-  found |= _factored_sums(factored, handed_out, clip, shapes)
-  return {path: g.reshape(shapes[path]) for path, g in found.items()}
+  found = book_keeping.in_shape(summed, found, shapes)
+  return found | _factored_sums(factored, handed_out, clip, shapes)
 
 
 def _factored_sums(
@@ -179,12 +170,8 @@ def _split(
   Whichever is smaller is carried through the pass: for a vocabulary, of which
   few rows are read and predicted, that is the factors.
   """
-  factors: collections.Counter[taps.Path] = collections.Counter()
-  for use in uses:
-    wide = use.inputs if use.same_inputs is None else (0,)
-    kept = math.prod(wide) + math.prod(use.outputs)
-    factors[use.weight] += size * math.prod(use.stack) * kept
-  small = {w for w, kept in factors.items() if kept < math.prod(shapes[w])}
+  kept = book_keeping.kept_elements(uses)
+  small = {w for w in kept if size * kept[w] < math.prod(shapes[w])}
   factored = tuple(use for use in uses if use.weight in small)
   summed = tuple(use for use in uses if use.weight not in small)
   return taps.sharing_within(summed), taps.sharing_within(factored)

@@ -1,13 +1,16 @@
 """Faults put in on purpose: each must be seen, or the tests see nothing."""
 
+import dataclasses
 import functools
 
 import clipped_models
+import clipping_cases
 import flax.linen as nn
 import jax.numpy as jnp
 import pytest
 
 from dptrain.clipping import book_keeping
+from dptrain.clipping import dense_layers
 from dptrain.clipping import layer_rules
 from dptrain.clipping import marks
 from dptrain.clipping import methods
@@ -18,7 +21,7 @@ from dptrain.clipping import taps
 
 
 def check(name, method):
-  loss_fn, params, batch = clipped_models.CASES[name]()
+  loss_fn, params, batch = clipping_cases.CASES[name]()
   methods.check_against_vmap(
     loss_fn, params, batch, clipped_models.keys_of(batch), method=method
   )
@@ -110,7 +113,7 @@ def zeros_not_in_place(patch):
 
 
 def any_promotion(patch):
-  patch.setattr(layer_rules, "_is_plain", lambda module: True)
+  patch.setattr(dense_layers, "is_plain", lambda module: True)
 
 
 def marks_without_numbers(patch):
@@ -141,6 +144,22 @@ def ids_as_given(patch):
   patch.setattr(layer_rules, "RULES", rules)
 
 
+def rule_changed(patch, layer, **changes):
+  rules = dict(layer_rules.RULES)
+  key = layer, "__call__"
+  rules[key] = dataclasses.replace(rules[key], **changes)
+  patch.setattr(layer_rules, "RULES", rules)
+
+
+def patches_in_another_order(patch):
+  right = layer_rules.RULES[nn.Conv, "__call__"].flatten
+  rule_changed(patch, nn.Conv, flatten=lambda *args: right(*args)[..., ::-1])
+
+
+def kernel_taken_as_it_is(patch):
+  rule_changed(patch, nn.Einsum, weight_order=lambda module: None)
+
+
 FAULTS = [
   (no_cross_term, "tiedtwice", ("one_pass", "two_pass")),
   (uses_not_joined, "sharedtwice", ("one_pass", "two_pass")),
@@ -157,6 +176,8 @@ FAULTS = [
   (custom_rules_seen_through, "custom_jvp_around_the_layer", ("one_pass",)),
   (ids_as_given, "negativeids", ("one_pass",)),
   (ids_as_given, "onerow", ("one_pass",)),
+  (patches_in_another_order, "convolutiontwiceandscanned", ("one_pass",)),
+  (kernel_taken_as_it_is, "einsumtwiceandscanned", ("one_pass", "two_pass")),
   (zeros_not_in_place, "vmapwithbroadcastparams", ("one_pass",)),
   (zeros_not_in_place, "two_applications_with_an_unused_call", ("one_pass",)),
 ]

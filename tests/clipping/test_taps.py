@@ -1,6 +1,7 @@
 """Taps on models that could fool them, held against per-example gradients."""
 
 import clipped_models
+import clipping_cases
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,19 +17,19 @@ from dptrain.clipping import taps
 D = clipped_models.D
 
 
-@pytest.mark.parametrize("name", clipped_models.CASES)
+@pytest.mark.parametrize("name", clipping_cases.CASES)
 def test_equals_vmap(name):
-  loss_fn, params, batch = clipped_models.CASES[name]()
+  loss_fn, params, batch = clipping_cases.CASES[name]()
   # Without taps, two_pass is one_pass.
-  tried = methods.METHODS[1 : 4 if clipped_models.USES[name] else 3]
+  tried = methods.METHODS[1 : 4 if clipping_cases.USES[name] else 3]
   found, uses = clipped_models.errors(loss_fn, params, batch, tried)
   assert max(found.values()) < clipped_models.TOLERANCE.get(name, 1e-5), found
-  assert len(uses) == clipped_models.USES[name]
+  assert len(uses) == clipping_cases.USES[name]
 
 
 @pytest.mark.parametrize("name", ["jitted_loss", "sharedtwice"])
 def test_a_second_survey_finds_the_same(name):
-  loss_fn, params, batch = clipped_models.CASES[name]()
+  loss_fn, params, batch = clipping_cases.CASES[name]()
   keys = clipped_models.keys_of(batch)
   first = methods.choose(loss_fn, params, batch, keys, "one_pass")
   assert first.uses
@@ -53,7 +54,7 @@ def test_layers_with_one_input_keep_it_once():
 
 
 def test_a_call_that_the_survey_has_not_seen_is_refused():
-  loss_fn, params, batch = clipped_models.CASES["sharedtwice"]()
+  loss_fn, params, batch = clipping_cases.CASES["sharedtwice"]()
   keys = clipped_models.keys_of(batch)
   choice = methods.choose(loss_fn, params, batch, keys, "one_pass")
   fewer = tuple(use for use in choice.uses if use.number == 0)
