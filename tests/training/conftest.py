@@ -3,12 +3,10 @@
 Almost all the time of a small run goes into compiling it.
 """
 
-import os
 import pathlib
 import shutil
 
-import jax
-from jax.experimental.compilation_cache import compilation_cache
+import compiled_programs
 import pytest
 import small_run
 
@@ -16,19 +14,7 @@ import small_run
 @pytest.fixture(scope="session", autouse=True)
 def compiled(tmp_path_factory):
   """One folder of compiled programs for all workers and what they start."""
-  base = tmp_path_factory.getbasetemp()
-  if "PYTEST_XDIST_WORKER" in os.environ:
-    base = base.parent
-  for name, value in {
-    "jax_compilation_cache_dir": str(base / "compiled"),
-    "jax_persistent_cache_min_compile_time_secs": 0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-  }.items():
-    jax.config.update(name, value)
-    os.environ[name.upper()] = str(value)
-  # Of what XLA says about loading a program on the machine that compiled it.
-  os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-  compilation_cache.reset_cache()
+  compiled_programs.keep(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,268 @@
+"""One private run as every part of a t5x launch knows it.
+
+t5x builds dataset, model, optimizer and trainer one by one and never shows them
+each other; this object is what they share, so that sampler, noise, divisor,
+ledger and report cannot disagree. In gin it is a singleton.
+
+On several processes all draw the same sample; only process 0 writes the ledger
+and the report, and tells the others what it wrote.
+"""
+
+from collections.abc import Callable
+import contextlib
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+import numpy.typing as npt
+
+from dptrain.privacy import accounting
+from dptrain.privacy import ledger as ledger_lib
+from dptrain.privacy import report as report_lib
+from dptrain.training import checkpoints as checkpoints_lib
+from dptrain.training import lineage as lineage_lib
+from dptrain.training import preparation as preparation_lib
+from dptrain.training import processes
+from dptrain.training import progress
+from dptrain.training import records as records_lib
+from dptrain.training import run as run_lib
+
+Bytes = npt.NDArray[np.uint8]
+NO_DIGEST = np.zeros(32, np.uint8)
+
+
+class Launch:
+  """A run with its ledger open.
+
+  Formal guarantee: see `PrivacyPlan` and `PrivateStep`; `record` is called
+  before each update, and no process can finish the update before process 0 has
+  written it down.
+
+  Attributes:
+    run: the user's settings; a thin loop of the same settings trains the same.
+    directory: MODEL_DIR.
+    prepared: plan, seed, records and step.
+    ledger: of MODEL_DIR; read-only except on process 0.
+    limit: updates that plan and budget allow; known once a branch is open.
+    on_report: called with the epsilon of each report, on process 0.
+  """
+
+  def __init__(
+    self,
+    run: run_lib.TrainingRun,
+    records: records_lib.Records | None = None,
+  ):
+    """Opens the ledger and prepares the run; refuses bad input.
+
+    Args:
+      run: the user's settings.
+      records: what to train on instead of the run's task.
+
+    Raises:
+      ValueError: bad input, before anything is spent.
+    """
+    # The noise must not depend on how arrays are sharded.
+    jax.config.update("jax_threefry_partitionable", True)
+    _check_periods(run)
+    self.run = run
+    self.directory = pathlib.Path(run.model_dir).expanduser()
+    self.directory.mkdir(parents=True, exist_ok=True)
+    processes.check_shared(self.directory)
+    processes.check_equal("settings", processes.comparable(run))
+    self._stack = contextlib.ExitStack()
+    try:
+      self.ledger, self.prepared = processes.in_turn(
+        lambda: self._opened(records)
+      )
+    except BaseException:
+      self._stack.close()
+      raise
+    self.plan = self.prepared.plan
+    self.limit = self.plan.num_steps
+    self.on_report: Callable[[float], None] = lambda _: None
+    self._branch = ""
+
+  def close(self) -> None:
+    """Writes the last report and lets go of MODEL_DIR."""
+    if self._branch:
+      self.write_report()
+      self._branch = ""
+    self._stack.close()
+
+  def open_branch(
+    self,
+    step: int,
+    branch: Bytes,
+    ledger_head: Bytes,
+    state: dict[str, Any],
+    mesh: str = "",
+  ) -> int:
+    """Opens the branch on which training goes on, as the thin loop does.
+
+    Args:
+      step: updates that the train state contains.
+      branch: uint8 [32], digest of the train state's branch; zeros for a fresh
+        state.
+      ledger_head: uint8 [32], hash of the ledger's last line when the state was
+        made; zeros for a fresh state.
+      state: "params", and "opt_state" that `PrivateStep.init` or `finish`
+        returned.
+      mesh: how devices are arranged, in words; empty for one device.
+
+    Returns:
+      Updates that may be made in all.
+
+    Raises:
+      LedgerError: ledger and checkpoint belong to different runs, or the ledger
+        was rolled back.
+    """
+    fresh = not branch.any()
+    if fresh and step:
+      raise ledger_lib.LedgerError(
+        f"the checkpoint of update {step} in {self.directory} was not written"
+        " by a private launch: what it released is unknown. Start in a new"
+        " MODEL_DIR."
+      )
+    digest = checkpoints_lib.state_digest(jax.tree.map(_on_host, state))
+    environment = lineage_lib.joint_environment(
+      processes.gathered(
+        lineage_lib.environment(
+          self.run.physical_batch_size, self.run.microbatch_size, mesh
+        )
+      )
+    )
+
+    def opened() -> tuple[str, int]:
+      if not fresh:
+        self._check_line(ledger_head, step)
+      name = self.ledger.open_branch(
+        checkpoint_branch="" if fresh else branch.tobytes().hex(),
+        checkpoint_step=step,
+        lineage=self.prepared.lineage,
+        environment=environment,
+        state=digest,
+      ).name
+      return name, self._last_affordable(step, name)
+
+    self._branch, self.limit = processes.first(opened)
+    if self.limit < self.plan.num_steps:
+      progress.say(
+        f"the budget, epsilon {self.plan.target_epsilon:g}, allows"
+        f" {self.limit} of {self.plan.num_steps} updates"
+      )
+    chosen = self.prepared.clipping
+    progress.say(f"clipping: {chosen.method} ({chosen.reason})")
+    return self.limit
+
+  def key(self, purpose: str, step: int) -> npt.NDArray[np.uint32]:
+    """Words of the threefry key of one update of the open branch.
+
+    Plain words, because a key array lives on one device.
+    """
+    key = self.prepared.seed.key(purpose, self._branch, step)
+    return np.asarray(jax.random.key_data(key))
+
+  def record(self, step: int) -> tuple[Bytes, Bytes]:
+    """Writes update `step` into the ledger; call it before the update.
+
+    Returns:
+      Digests of the branch and of the ledger's last line, uint8 [32] each: what
+      a checkpoint of this update must carry.
+    """
+
+    def written() -> str:
+      self.ledger.record(self._branch, step, self.plan.release(step))
+      return self.ledger.head
+
+    return _bytes(self._branch), _bytes(processes.first(written))
+
+  def write_report(self) -> None:
+    """Rewrites the privacy report and tells `on_report` the epsilon in it."""
+    if not processes.is_first():
+      return
+    try:
+      report_lib.write_report(self.ledger, self.directory)
+    except OSError as error:
+      progress.say(
+        f"the privacy report could not be written ({error}); training goes on,"
+        f" and `dptrain report {self.directory}` can make it from the ledger"
+      )
+      return
+    told = json.loads((self.directory / report_lib.JSON_FILE).read_bytes())
+    self.on_report(float(told["epsilon"]["value"]))
+
+  def _opened(
+    self, records: records_lib.Records | None
+  ) -> tuple[ledger_lib.Ledger, preparation_lib.Preparation]:
+    """The ledger, which only process 0 writes, and all that is read."""
+    if processes.is_first():
+      ledger = self._stack.enter_context(ledger_lib.opened(self.directory))
+      self._check_ledger_is_there(ledger)
+    else:
+      ledger = ledger_lib.read(self.directory)
+    return ledger, preparation_lib.prepare(
+      self.run, self.directory, ledger, records
+    )
+
+  def _check_ledger_is_there(self, ledger: ledger_lib.Ledger) -> None:
+    if not ledger.header and any(self.directory.glob("checkpoint_[0-9]*")):
+      raise ledger_lib.LedgerError(
+        f"{self.directory} has checkpoints but no ledger"
+        f" ({ledger.path.name}): what was released is unknown. Restore the"
+        " ledger, or start in a new MODEL_DIR."
+      )
+
+  def _check_line(self, ledger_head: Bytes, step: int) -> None:
+    wanted = ledger_head.tobytes().hex()
+    with open(self.ledger.path, "rb") as lines:
+      if any(hashlib.sha256(line).hexdigest() == wanted for line in lines):
+        return
+    raise ledger_lib.LedgerError(
+      f"{self.ledger.path} lacks a line that was in it when the checkpoint of"
+      f" update {step} was made: the ledger was rolled back. Restore the newest"
+      " copy of it; without it the guarantee is lost."
+    )
+
+  def _last_affordable(self, step: int, branch: str) -> int:
+    if self.plan.target_epsilon is None:
+      return self.plan.num_steps
+    written = max(step, self.ledger.last_step(branch) + 1)
+    return written + accounting.affordable_steps(
+      self.ledger.releases(),
+      list(self.plan.releases(written)),
+      self.plan.target_epsilon,
+      self.plan.delta,
+      self.plan.relation,
+    )
+
+
+def _check_periods(run: run_lib.TrainingRun) -> None:
+  """t5x saves at the end of its periods only: a stop must fall on one."""
+  save, evaluate = run.checkpoints.period, run.evaluation.period
+  if save < 1:
+    raise ValueError(
+      f"CheckpointSettings.period={save}: under t5x it must be at least 1."
+    )
+  if run.validation_split and evaluate % save:
+    raise ValueError(
+      f"EvaluationSettings.period={evaluate} is not a multiple of"
+      f" CheckpointSettings.period={save}: t5x would lose the last updates of a"
+      " run that its budget stops. Choose a multiple."
+    )
+
+
+def _on_host(x: Any) -> np.ndarray:
+  """A whole array, wherever its parts are."""
+  if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    if x.is_fully_replicated:
+      return np.asarray(x.addressable_data(0))
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+  return np.asarray(jax.device_get(x))
+
+
+def _bytes(digest: str) -> Bytes:
+  return np.frombuffer(bytes.fromhex(digest), np.uint8)
