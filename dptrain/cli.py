@@ -1,4 +1,4 @@
-"""The command line: `dptrain train` and `dptrain report`."""
+"""The command line: `dptrain train`, `dptrain plan` and `dptrain report`."""
 
 import argparse
 from collections.abc import Sequence
@@ -57,6 +57,16 @@ def _join_processes(arguments: argparse.Namespace) -> None:
   processes.start(*(getattr(arguments, name) for name in names))
 
 
+def _plan(arguments: argparse.Namespace) -> int:
+  from dptrain import planning
+
+  made = planning.forecast(arguments)
+  print(
+    made.as_json() if arguments.format == "json" else made.as_text(), end=""
+  )
+  return 0
+
+
 def _report(arguments: argparse.Namespace) -> int:
   from dptrain.privacy import ledger
   from dptrain.privacy import report
@@ -80,26 +90,7 @@ def _parser() -> argparse.ArgumentParser:
   train = commands.add_parser(
     "train", help="train, or go on training, in MODEL_DIR"
   )
-  train.add_argument(
-    "--gin_file",
-    action="append",
-    default=[],
-    metavar="FILE",
-    help="gin file; may be given several times, later ones win",
-  )
-  train.add_argument(
-    "--gin_bindings",
-    action="append",
-    default=[],
-    metavar="'NAME = VALUE'",
-    help="one binding; the same as --gin.NAME=VALUE",
-  )
-  train.add_argument(
-    "--gin_search_paths",
-    default=".",
-    metavar="DIR[,DIR]",
-    help="where gin files are looked for before dptrain's own",
-  )
+  _add_gin_flags(train)
   train.add_argument(
     "--coordinator_address",
     metavar="HOST:PORT",
@@ -112,6 +103,12 @@ def _parser() -> argparse.ArgumentParser:
     "--process_index", type=int, metavar="I", help="which one this is, from 0"
   )
   train.set_defaults(command=_train)
+  plan = commands.add_parser(
+    "plan", help="price a run before it is started: epsilon, noise, compute"
+  )
+  _add_gin_flags(plan)
+  _add_plan_flags(plan)
+  plan.set_defaults(command=_plan)
   report = commands.add_parser(
     "report", help="compute the privacy report of MODEL_DIR from its ledger"
   )
@@ -119,6 +116,60 @@ def _parser() -> argparse.ArgumentParser:
   report.add_argument("--format", choices=("text", "json"), default="text")
   report.set_defaults(command=_report)
   return parser
+
+
+def _add_gin_flags(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument(
+    "--gin_file",
+    action="append",
+    default=[],
+    metavar="FILE",
+    help="gin file; may be given several times, later ones win",
+  )
+  parser.add_argument(
+    "--gin_bindings",
+    action="append",
+    default=[],
+    metavar="'NAME = VALUE'",
+    help="one binding; the same as --gin.NAME=VALUE",
+  )
+  parser.add_argument(
+    "--gin_search_paths",
+    default=".",
+    metavar="DIR[,DIR]",
+    help="where gin files are looked for before dptrain's own",
+  )
+
+
+def _add_plan_flags(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument(
+    "--num_examples",
+    type=float,
+    metavar="N",
+    help="records in the corpus; left out: that of MODEL_DIR's ledger",
+  )
+  for name, told in (
+    ("delta", "of the guarantee"),
+    ("epsilon", "budget"),
+    ("noise_multiplier", "noise over sensitivity; left out: calibrated"),
+    ("num_parameters", "of the model, for its compute"),
+    ("sequence_length", "tokens of a record, for its compute"),
+  ):
+    parser.add_argument(f"--{name}", type=float, metavar="X", help=told)
+  parser.add_argument(
+    "--phase",
+    action="append",
+    default=[],
+    metavar="SIZE:UNTIL",
+    help="a phase of the schedule, or START:END:UNTIL for a ramp; several",
+  )
+  parser.add_argument(
+    "--compare",
+    default="",
+    metavar="SIZE[,SIZE]",
+    help="constant batch sizes to price at the same epsilon",
+  )
+  parser.add_argument("--format", choices=("text", "json"), default="text")
 
 
 def _with_bindings(argv: Sequence[str]) -> list[str]:

@@ -47,7 +47,10 @@ def gin_folder() -> pathlib.Path:
 
 
 def training_run(
-  files: Sequence[str], bindings: Sequence[str], search_paths: str = "."
+  files: Sequence[str],
+  bindings: Sequence[str],
+  search_paths: str = ".",
+  defaults: Sequence[str] = (),
 ) -> run_lib.TrainingRun:
   """Builds the run that gin files and command-line bindings describe.
 
@@ -56,6 +59,7 @@ def training_run(
       dptrain's own.
     bindings: "NAME = VALUE" texts; they win over all files.
     search_paths: folders, separated by commas.
+    defaults: bindings over which all files and bindings win.
 
   Returns:
     The run, fully built.
@@ -75,6 +79,7 @@ def training_run(
   gin.clear_config()
   try:
     with _searching(folders):
+      gin.parse_config(list(defaults))
       gin.parse_config_files_and_bindings(
         list(files), [_quoted(binding) for binding in bindings]
       )

@@ -1,0 +1,132 @@
+"""From flags or a gin file to a forecast of what a run would cost."""
+
+import argparse
+import pathlib
+from typing import Any
+
+from dptrain.privacy import forecast as forecast_lib
+from dptrain.privacy import plan as plan_lib
+from dptrain.privacy import schedule as schedule_lib
+
+_GIN_FLAGS = ("delta", "epsilon", "noise_multiplier", "phase")
+
+
+def forecast(arguments: argparse.Namespace) -> forecast_lib.Forecast:
+  """The forecast that the flags of `dptrain plan` ask for.
+
+  Args:
+    arguments: the flags. With gin files, these give the schedule, the budget
+      and the model; without, `delta`, `phase` and one of `epsilon` and
+      `noise_multiplier` must be given.
+
+  Returns:
+    The forecast.
+
+  Raises:
+    ValueError: a flag is missing, or contradicts the gin file.
+  """
+  run = _run(arguments) if arguments.gin_file else None
+  settings = _settings(arguments) if run is None else run.privacy
+  plan = plan_lib.make_plan(settings, _num_examples(arguments, run))
+  return forecast_lib.forecast(
+    plan,
+    model=_model_cost(run) if run else _stated_cost(arguments),
+    constant_batches=[
+      _whole("compare", float(size))
+      for size in arguments.compare.split(",")
+      if size
+    ],
+  )
+
+
+def _run(arguments: argparse.Namespace) -> Any:
+  given = [name for name in _GIN_FLAGS if getattr(arguments, name)]
+  if given:
+    raise ValueError(
+      f"--{given[0]} and --gin_file are both given; bind it instead, for"
+      " example --gin.TARGET_EPSILON=4, or leave the gin file out."
+    )
+  from dptrain import configuration
+
+  # A file may leave MODEL_DIR to the command line; planning needs none.
+  return configuration.training_run(
+    arguments.gin_file,
+    arguments.gin_bindings,
+    arguments.gin_search_paths,
+    defaults=["MODEL_DIR = 'no MODEL_DIR'"],
+  )
+
+
+def _settings(arguments: argparse.Namespace) -> plan_lib.PrivacySettings:
+  for name in ("delta", "phase"):
+    if not getattr(arguments, name):
+      raise ValueError(
+        f"--{name} is missing: give it, or a gin file by --gin_file."
+      )
+  phases = [forecast_lib.parse_phase(text) for text in arguments.phase]
+  return plan_lib.PrivacySettings(
+    schedule=schedule_lib.BatchSchedule(phases),
+    delta=arguments.delta,
+    target_epsilon=arguments.epsilon,
+    noise_multiplier=arguments.noise_multiplier,
+  )
+
+
+def _num_examples(arguments: argparse.Namespace, run: Any) -> int:
+  if arguments.num_examples is not None:
+    return _whole("num_examples", arguments.num_examples)
+  if run is not None:
+    from dptrain.privacy import ledger
+
+    path = pathlib.Path(run.model_dir).expanduser() / ledger.LEDGER_FILE
+    if path.exists():
+      header = ledger.read(path.parent).header
+      return int(header["plan"]["num_examples"])
+  raise ValueError(
+    "--num_examples is missing: epsilon depends on the number of records in the"
+    " corpus (`dptrain train` prints it, and MODEL_DIR's ledger has it)."
+  )
+
+
+def _stated_cost(
+  arguments: argparse.Namespace,
+) -> forecast_lib.ModelCost | None:
+  number, length = arguments.num_parameters, arguments.sequence_length
+  if number is None or length is None:
+    return None
+  return forecast_lib.ModelCost(
+    num_parameters=_whole("num_parameters", number),
+    sequence_length=_whole("sequence_length", length),
+  )
+
+
+def _model_cost(run: Any) -> forecast_lib.ModelCost:
+  """From shapes alone."""
+  import jax
+
+  from dptrain.models import masked_lm
+
+  key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
+  params = jax.eval_shape(run.model.init, key)
+  number = masked_lm.num_parameters(params)
+  return forecast_lib.ModelCost(
+    num_parameters=number,
+    sequence_length=run.sequence_length,
+    memory={
+      "parameters": _bytes(params),
+      "optimizer": _bytes(jax.eval_shape(run.optimizer.init, params)),
+      "clipped sum": 4 * number,
+    },
+  )
+
+
+def _bytes(tree: Any) -> int:
+  import jax
+
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _whole(name: str, value: float) -> int:
+  if value != int(value) or value < 1:
+    raise ValueError(f"--{name}={value:g} must be a whole number >= 1.")
+  return int(value)
