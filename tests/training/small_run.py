@@ -9,6 +9,7 @@ import dataclasses
 import json
 import pathlib
 import resource
+import shutil
 import sys
 from unittest import mock
 
@@ -63,7 +64,7 @@ def records(num_examples=200, seed=0, validation=True):
 def model(width=16, **settings):
   return masked_lm.MaskedLanguageModel(
     bert.Bert(
-      vocab_size=VOCABULARY,
+      vocab_size=settings.pop("vocab_size", VOCABULARY),
       num_layers=1,
       width=width,
       num_heads=2,
@@ -126,20 +127,17 @@ def make_run(
   max_length=LENGTH,
   fixed_seed=7,
   mesh=None,
-  bert_settings=None,
   **settings,
 ):
   """A whole run.
 
-  `sizes`: expected batch of the first and of the second half; `mesh`: options of
-  its settings, one device by default; `bert_settings`: train a Bert of these.
+  `sizes`: expected batch of the first and of the second half; `mesh`: options
+  of its settings, one device by default.
   """
   return run_lib.TrainingRun(
     model_dir=str(model_dir),
     task="not read",
-    model=QuickModel(model(width, max_length=max_length).bert)
-    if bert_settings is None
-    else model(width, max_length=max_length, **bert_settings),
+    model=QuickModel(model(width, max_length=max_length).bert),
     privacy=plan.PrivacySettings(
       schedule=schedule.BatchSchedule(
         [
@@ -161,7 +159,7 @@ def make_run(
     evaluation=settings.pop("evaluation", evaluation.EvaluationSettings()),
     tensorboard=settings.pop("tensorboard", False),
     fixed_seed=fixed_seed,
-    mesh=mesh_lib.MeshSettings(**(mesh or {"data": 1})),
+    mesh=mesh_lib.MeshSettings(**({"data": 1} if mesh is None else mesh)),
     **settings,
   )
 
@@ -184,9 +182,7 @@ def newest_state(model_dir):
       lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
       reader.metadata(path).item_metadata.tree,
     )
-    tree = reader.restore(
-      path, args=ocp.args.PyTreeRestore(restore_args=plain)
-    )
+    tree = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=plain))
   return step, dict(_flat("", tree))
 
 
@@ -217,6 +213,39 @@ def assert_same(one, other):
   for name, array in state.items():
     np.testing.assert_array_equal(array, other_state[name], err_msg=name)
   assert ledger_bytes(one) == ledger_bytes(other)
+
+
+def assert_close(one, other):
+  """As `assert_same` up to rounding; the ledgers tell of the same updates."""
+  (step, state), (other_step, other_state) = map(newest_state, (one, other))
+  assert step == other_step
+  assert state.keys() == other_state.keys()
+  assert all(array.any() for array in state.values())
+  for name, array in state.items():
+    np.testing.assert_allclose(
+      array, other_state[name], rtol=0, atol=1e-5, err_msg=name
+    )
+  for kind in ("plan", "branch", "release"):
+    told = [ledger_lines(directory, kind) for directory in (one, other)]
+    for line in (*told[0], *told[1]):
+      del line["previous"]
+    assert told[0] == told[1]
+
+
+def cut(model_dir, step):
+  """Makes of a whole run what it was after `step` updates, cleanly stopped."""
+  for path in (pathlib.Path(model_dir) / "checkpoints").iterdir():
+    if path.name.isdigit() and int(path.name) > step:
+      shutil.rmtree(path)
+  lines = ledger_bytes(model_dir).splitlines(keepends=True)
+  kept, released = [], 0
+  for line in lines:
+    told = json.loads(line)
+    released += told["kind"] == "release"
+    if released <= step and told["kind"] != "environment":
+      kept.append(line)
+  path = pathlib.Path(model_dir) / "privacy_ledger.jsonl"
+  path.write_bytes(b"".join(kept))
 
 
 @contextlib.contextmanager
