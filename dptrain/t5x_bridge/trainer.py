@@ -35,7 +35,12 @@ class PrivateTrainer(t5x_trainer.BaseTrainer):
   Formal guarantee: as in the thin loop, each update goes one way: Poisson
   sample, clip, sum, ledger, noise once, divide by a public constant, optimizer.
   Keys come from the secret seed, never from t5x's rng.
+
+  Attributes:
+    train_state: t5x's, set after every update.
   """
+
+  train_state: Any
 
   def __init__(self, *, launch: launch_lib.Launch, **settings: Any):
     """Opens the branch that the train state goes on with.
