@@ -12,6 +12,11 @@ import math
 import jax
 import jax.numpy as jnp
 
+from dptrain.clipping import rules
+
+# Beyond it, noise in float32 would come near overflow.
+LARGEST_NORM = 1e10
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NormAdaptation:
@@ -60,7 +65,7 @@ class NormAdaptation:
   def tally_noise_stddev(
     self, noise_multiplier: jax.Array | float
   ) -> jax.Array | float:
-    """Standard deviation of the noise on `tally`, in halves of an example."""
+    """Standard deviation of the noise on `tally`, in the units of `tally`."""
     return 0.5 * noise_multiplier / math.sqrt(self.budget_share)
 
   def tally(
@@ -87,6 +92,9 @@ class NormAdaptation:
   ) -> jax.Array:
     """The clip norm of the next update.
 
+    It stays within `rules.SMALLEST_NORM` and `LARGEST_NORM`: gradients that
+    vanish for good would else drive it to 0, and 0 / 0 is nan.
+
     Args:
       l2_clip_norm: C, a scalar.
       noisy_tally: `tally` over the update, with its noise.
@@ -94,4 +102,5 @@ class NormAdaptation:
     """
     share = jnp.clip(noisy_tally / expected_batch_size + 0.5, 0.0, 1.0)
     step = self.learning_rate * (share - self.target_quantile)
-    return l2_clip_norm * jnp.exp(-step)
+    moved = l2_clip_norm * jnp.exp(-step)
+    return jnp.clip(moved, rules.SMALLEST_NORM, LARGEST_NORM)

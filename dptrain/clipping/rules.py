@@ -13,6 +13,10 @@ import jax.numpy as jnp
 
 KINDS = ("flat", "normalized", "automatic")
 
+# Squares of entries below 1e-19 vanish in float32. Under a smaller bound than
+# this, a gradient could pass whose norm has missed most of it.
+SMALLEST_NORM = 1e-10
+
 # From the path of a parameter ("layers", "mlp_in", "kernel") to its group.
 Grouping = Callable[[tuple[str, ...]], str]
 
@@ -71,6 +75,11 @@ class ClippingRule:
       if not 0 < value < float("inf"):
         raise ValueError(
           f"ClippingRule.{name}={value} must be a positive, finite number."
+        )
+      if value < SMALLEST_NORM:
+        raise ValueError(
+          f"ClippingRule.{name}={value} is below {SMALLEST_NORM}, where float32"
+          " norms of gradients are no longer true; scale the loss up instead."
         )
 
   @property

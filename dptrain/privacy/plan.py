@@ -15,6 +15,7 @@ from dptrain.privacy import calibration
 from dptrain.privacy import schedule as schedule_lib
 
 CLIPPING_RULES = ("flat", "normalized", "automatic")
+_SMALLEST_NORM = 1e-10  # as `clipping.rules.SMALLEST_NORM`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,13 @@ class PrivacySettings:
       if value is not None and not 0 < value < float("inf"):
         raise ValueError(
           f"PrivacySettings.{name}={value} must be a positive, finite number."
+        )
+    for name in ("l2_clip_norm", "automatic_gamma"):
+      if getattr(self, name) < _SMALLEST_NORM:
+        raise ValueError(
+          f"PrivacySettings.{name}={getattr(self, name)} is below"
+          f" {_SMALLEST_NORM}, where float32 norms of gradients are no longer"
+          " true; scale the loss up instead."
         )
     self._check_adaptation()
     for name, known in (

@@ -51,6 +51,7 @@ class PrivacyReport:
   Attributes:
     claim: whether a guarantee is claimed at all (not under a fixed seed).
     plan: the plan, as recorded.
+    clip_norm: whether the clip norm adapts, and how that is paid for.
     unit: the privacy unit in words.
     relation: the neighbouring relation in words.
     delta: of the guarantee.
@@ -66,6 +67,7 @@ class PrivacyReport:
 
   claim: bool
   plan: dict[str, Any]
+  clip_norm: dict[str, Any]
   unit: str
   relation: str
   delta: float
@@ -130,9 +132,6 @@ class PrivacyReport:
   def _facts(self) -> list[tuple[str, str]]:
     eps, plan = self.epsilon, self.plan
     budget = plan["target_epsilon"]
-    clipping = f"{plan['clipping']}, l2_clip_norm {plan['l2_clip_norm']:g}"
-    if plan["clipping"] == "automatic":
-      clipping = f"automatic, gamma {plan['automatic_gamma']:g}"
     pld = rounded_up(eps.pld) if eps.pld is not None else eps.note
     unamplified = rounded_up(self.epsilon_without_amplification)
     return [
@@ -154,9 +153,25 @@ class PrivacyReport:
         "sampling",
         f"{plan['sampling']}: each record independently, at each update",
       ),
-      ("clipping", clipping),
+      ("clipping", self._clipping()),
       ("noise multiplier", f"{plan['noise_multiplier']:g}"),
     ]
+
+  def _clipping(self) -> str:
+    plan, norm = self.plan, self.clip_norm
+    if plan["clipping"] == "automatic":
+      return f"automatic, gamma {plan['automatic_gamma']:g}"
+    told = f"{plan['clipping']}, l2_clip_norm {plan['l2_clip_norm']:g}"
+    if not norm["adapts"]:
+      return told
+    return (
+      f"{told} at first. It adapts to the {norm['target_quantile']:g} quantile"
+      " of the gradients' norms, by a noisy count at each update. Its values"
+      " are part of the release and are priced with it:"
+      f" {100 * norm['budget_share']:g} % of each update's budget (of 1 / noise"
+      " multiplier squared) pays for the count, the rest for the gradients,"
+      f" whose own noise multiplier is {norm['gradient_noise_multiplier']:.4g}"
+    )
 
   def _released(self) -> list[str]:
     lines = [
@@ -195,6 +210,7 @@ def make_report(ledger: ledger_lib.Ledger) -> PrivacyReport:
   return PrivacyReport(
     claim=not ledger.fixed_seed,
     plan=plan,
+    clip_norm=_clip_norm(plan),
     unit=UNITS[plan["unit"]],
     relation=RELATION_TEXT[plan["relation"]],
     delta=plan["delta"],
@@ -219,6 +235,27 @@ def make_report(ledger: ledger_lib.Ledger) -> PrivacyReport:
       for name in ("dptrain", "dp-accounting")
     },
   )
+
+
+def _clip_norm(plan: dict[str, Any]) -> dict[str, Any]:
+  """What the JSON says of the clip norm.
+
+  The multipliers are those of the two parts of one release (arXiv 1905.03871);
+  together they cost what the plan's multiplier costs.
+  """
+  if plan.get("adaptive_quantile") is None:
+    return {"adapts": False}
+  share = plan["adaptive_budget_share"]
+  return {
+    "adapts": True,
+    "values_are_released": True,
+    "target_quantile": plan["adaptive_quantile"],
+    "learning_rate": plan["adaptive_learning_rate"],
+    "budget_share": share,
+    "gradient_noise_multiplier": plan["noise_multiplier"]
+    / math.sqrt(1.0 - share),
+    "count_noise_multiplier": plan["noise_multiplier"] / math.sqrt(share),
+  }
 
 
 def write_report(ledger: ledger_lib.Ledger, directory: pathlib.Path) -> None:

@@ -127,6 +127,12 @@ class PrivateStep:
         " 'flat' or 'normalized', or no NormAdaptation."
       )
 
+    if self.microbatch_size is not None and self.microbatch_size < 1:
+      raise ValueError(
+        f"PrivateStep.microbatch_size={self.microbatch_size} must be a positive"
+        " number of rows, or None for the whole physical batch."
+      )
+
   def init(self, params: Params) -> Any:
     """The state before the first update: `finish` takes and returns it.
 
@@ -152,6 +158,9 @@ class PrivateStep:
       batch: a physical batch, or its shapes: decides the statistics' shapes.
       opt_state: what `init` or `finish` returned; read only if the clip norm
         adapts.
+
+    Raises:
+      ValueError: the clip norm adapts, and `opt_state` does not hold it.
     """
     gradients = jax.tree.map(
       lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)),
@@ -159,6 +168,12 @@ class PrivateStep:
     )
     accumulator = Accumulator(gradients, None)
     if self.adaptation is not None:
+      if not isinstance(opt_state, AdaptiveState):
+        raise ValueError(
+          "with PrivateStep.adaptation, zeros() needs the opt_state that init()"
+          f" or finish() returned, not {type(opt_state).__name__}: it holds the"
+          " clip norm."
+        )
       adapting = Adapting(opt_state.l2_clip_norm, jnp.zeros((), jnp.float32))
       accumulator = accumulator._replace(adapting=adapting)
     if not self.collect_statistics:

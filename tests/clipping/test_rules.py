@@ -47,6 +47,16 @@ def test_refuses_constants_that_bound_nothing(name, value):
     rules.ClippingRule(**{name: value})
 
 
+@pytest.mark.parametrize("name", ["l2_clip_norm", "automatic_gamma"])
+def test_refuses_norms_that_float32_cannot_tell(name):
+  """Gradients whose squares vanish would pass unclipped."""
+  entries = jnp.full(1000, 1e-20, jnp.float32)
+  assert float(jnp.sum(jnp.square(entries))) == 0.0
+  with pytest.raises(ValueError, match=rf"{name}=1e-11 is below 1e-10"):
+    rules.ClippingRule(**{name: 1e-11})
+  rules.ClippingRule(**{name: rules.SMALLEST_NORM})
+
+
 def test_refuses_an_unknown_kind():
   with pytest.raises(ValueError, match=r"kind='median' is unknown.*'flat'"):
     rules.ClippingRule("median")

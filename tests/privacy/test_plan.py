@@ -121,6 +121,50 @@ def test_refuses_what_is_not_positive(name, value):
     make(**{name: value})
 
 
+@pytest.mark.parametrize("name", ["l2_clip_norm", "automatic_gamma"])
+def test_refuses_norms_that_float32_cannot_tell(name):
+  with pytest.raises(
+    ValueError, match=rf"{name}=1e-11 is below 1e-10, .*scale the loss up"
+  ):
+    make(**{name: 1e-11})
+  make(**{name: 1e-10})
+
+
+@pytest.mark.parametrize("name", ["adaptive_quantile", "adaptive_budget_share"])
+@pytest.mark.parametrize("value", [0, 1, -0.5, math.inf, math.nan])
+def test_refuses_what_is_no_share_of_adaptation(name, value):
+  with pytest.raises(
+    ValueError, match=rf"{name}={value} must be between 0 and 1"
+  ):
+    make(**{name: value})
+
+
+@pytest.mark.parametrize("value", [0, -0.2, math.inf, math.nan])
+def test_refuses_a_clip_norm_that_does_not_move(value):
+  with pytest.raises(
+    ValueError, match=rf"adaptive_learning_rate={value} must be a positive"
+  ):
+    make(adaptive_learning_rate=value)
+
+
+def test_automatic_clipping_cannot_adapt():
+  with pytest.raises(
+    ValueError,
+    match=r"adaptive_quantile=0\.5 needs .*use 'flat' or 'normalized'",
+  ):
+    make(adaptive_quantile=0.5, clipping="automatic")
+
+
+def test_adaptation_is_in_the_plan_and_costs_nothing_more():
+  adapting = make(adaptive_quantile=0.5, adaptive_budget_share=0.3)
+  assert list(adapting.releases()) == list(make().releases())
+  told = plan_lib.differences(make().as_dict(), adapting.as_dict())
+  assert told == [
+    "adaptive_budget_share was 0.01 and is now 0.3",
+    "adaptive_quantile was None and is now 0.5",
+  ]
+
+
 @pytest.mark.parametrize("delta", [0, 1, -0.1, math.nan])
 def test_refuses_what_is_no_delta(delta):
   with pytest.raises(ValueError, match=rf"delta={delta} must lie strictly"):

@@ -287,6 +287,45 @@ def test_hardly_any_noise_is_told_in_narrow_text_and_valid_json(
     assert 1e4 < data["epsilon"]["value"] < math.inf
 
 
+def test_an_adapting_clip_norm_is_told_as_part_of_the_release(tmp_path, seed):
+  ledger = write_ledger(
+    tmp_path,
+    seed=seed,
+    updates=3,
+    adaptive_quantile=0.7,
+    adaptive_budget_share=0.04,
+  )
+  report = report_lib.make_report(ledger)
+  told = as_data(report)["clip_norm"]
+  assert told["adapts"] is told["values_are_released"] is True
+  assert (told["target_quantile"], told["budget_share"]) == (0.7, 0.04)
+  parts = [told[f"{name}_noise_multiplier"] for name in ("gradient", "count")]
+  assert parts == pytest.approx([1.2 / 0.96**0.5, 1.2 / 0.2])
+  # The price is that of the plan's multiplier, as without adaptation.
+  assert report.epsilon == accounting.epsilon([Releases(3, 0.01, 1.2)], 1e-6)
+  text = squeezed(report)
+  for part in (
+    "flat, l2_clip_norm 1 at first",
+    "It adapts to the 0.7 quantile",
+    "Its values are part of the release and are priced with it: 4 % of each",
+    "own noise multiplier is 1.225",
+  ):
+    assert part in text
+  assert_narrow(report)
+
+
+def test_a_fixed_clip_norm_is_told_as_such(report, ledger):
+  assert as_data(report)["clip_norm"] == {"adapts": False}
+  assert "adapts" not in report.as_text()
+  # A ledger of before there were adapting norms.
+  older = {
+    name: value
+    for name, value in ledger.header["plan"].items()
+    if not name.startswith("adaptive")
+  }
+  assert report_lib._clip_norm(older) == {"adapts": False}
+
+
 def test_before_the_first_update_nothing_is_spent(tmp_path, seed):
   report = report_lib.make_report(write_ledger(tmp_path, seed=seed, updates=0))
   assert report.epsilon.value == report.epsilon_without_amplification == 0
