@@ -36,7 +36,7 @@ def of_launch(launch: launch_lib.Launch) -> Masked:
       "the run has no validation split: bind train.train_eval_dataset_cfg ="
       " None, or a TrainingRun.validation_split."
     )
-  return _joined(launch.prepared.evaluator)
+  return joined(launch.prepared.evaluator)
 
 
 def of_model_dir(run: run_lib.TrainingRun) -> Masked:
@@ -66,7 +66,7 @@ def of_model_dir(run: run_lib.TrainingRun) -> Masked:
     run.sequence_length,
   )
   objective = objective_lib.Objective(run.model, run.masking)
-  return _joined(evaluation.Evaluator(objective, store, run.evaluation))
+  return joined(evaluation.Evaluator(objective, store, run.evaluation))
 
 
 class MaskedBatches:
@@ -202,7 +202,8 @@ def token_metrics(
   }
 
 
-def _joined(evaluator: evaluation.Evaluator) -> Masked:
+def joined(evaluator: evaluation.Evaluator) -> Masked:
+  """The records that an evaluator holds: arrays [n, ...]."""
   parts = evaluator.masked_batches
   return {
     name: np.concatenate([np.asarray(part[name]) for part in parts])
