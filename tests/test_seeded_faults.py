@@ -29,12 +29,11 @@ class Fault(NamedTuple):
 FAULTS = {
   "noise added per physical batch": Fault(
     "training/step.py",
-    "    gradients = jax.tree.map(jnp.add, accumulator.gradients,"
-    " clipped.gradients)\n",
-    "    gradients = jax.tree.map(jnp.add, accumulator.gradients,"
-    " clipped.gradients)\n"
-    "    gradients = jax.tree.map(jnp.add, gradients, noise.gaussian_like("
-    "examples_key, gradients, self.rule.sensitivity))\n",
+    "    adapting = accumulator.adapting\n    if self",
+    "    added = added._replace(gradients=jax.tree.map(jnp.add,"
+    " added.gradients, noise.gaussian_like(examples_key, added.gradients,"
+    " self.rule.sensitivity)))\n"
+    "    adapting = accumulator.adapting\n    if self",
     "training/test_step.py::test_noise_is_added_once_however_many_physical"
     "_batches",
   ),
@@ -44,6 +43,40 @@ FAULTS = {
     "expected_batch_size=float(max(len(indices), 1)),",
     "training/test_release_path.py::test_the_sum_is_divided_by_the_public_size"
     "_in_the_loop",
+  ),
+  "the tally of an adapting clip norm without noise": Fault(
+    "training/step.py",
+    "adapting.tally + spread * unit_tally,",
+    "adapting.tally,",
+    "training/test_adaptive_clipping.py::test_both_noises_have_the_stated"
+    "_deviation",
+  ),
+  "the tally's noise for half of its sensitivity": Fault(
+    "clipping/adaptation.py",
+    "return 0.5 * noise_multiplier / math.sqrt(self.budget_share)",
+    "return 0.25 * noise_multiplier / math.sqrt(self.budget_share)",
+    "training/test_adaptive_clipping.py::test_the_parts_cost_together_what_the"
+    "_plan_prices",
+  ),
+  "an example counted as one where noise is for a half": Fault(
+    "clipping/adaptation.py",
+    "jnp.where(norms <= l2_clip_norm, 0.5, -0.5)",
+    "jnp.where(norms <= l2_clip_norm, 1.0, -1.0)",
+    "clipping/test_adaptation.py::test_the_tally_is_the_naive_count",
+  ),
+  "the gradients' noise not enlarged for the tally": Fault(
+    "training/step.py",
+    "stddev = stddev * adaptation.gradient_noise_factor",
+    "stddev = stddev * 1.0",
+    "training/test_adaptive_clipping.py::test_both_noises_have_the_stated"
+    "_deviation",
+  ),
+  "noise for the clip norm that an adapting one began with": Fault(
+    "training/step.py",
+    "self._rule(accumulator).sensitivity",
+    "self.rule.sensitivity",
+    "training/test_adaptive_clipping.py::test_both_noises_have_the_stated"
+    "_deviation",
   ),
   "padding rows not masked": Fault(
     "clipping/per_example.py",
@@ -64,7 +97,8 @@ FAULTS = {
     "  by_path = {path: squares(g) for path, g in zip(paths,"
     " jax.tree.leaves(once), strict=True)}\n"
     "  clip = clip_factors(by_path, losses, is_padding, rule)\n",
-    "training/test_step.py::test_the_sum_equals_a_loop_over_examples",
+    "training/test_step.py::test_the_sum_equals_a_loop_over_examples"
+    "[float32-1e-05-flat-vmap]",
   ),
   "one key used for all leaves": Fault(
     "privacy/noise.py",
