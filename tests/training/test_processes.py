@@ -14,7 +14,7 @@ import together
 from dptrain import cli
 from dptrain.training import processes
 
-STEPS = {"steps": 8, "sizes": [20, 40]}
+STEPS = {"steps": 8, "sizes": [20, 40], "keep": 4}
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +88,7 @@ def test_killed_interrupted_and_resumed_bit_for_bit(by_two, stopped):
   assert ended[1][0] != 0, "trained on without the process that writes down"
   assert small_run.newest_state(stopped)[0] < 8
 
-  ended = together.ended(
-    together.train(stopped, 2, devices=2, period=2, **STEPS)
-  )
+  ended = together.ended(together.train(stopped, 2, devices=2, **STEPS))
   assert [status for status, _ in ended] == [0, 0], ended
   small_run.assert_same(by_two, stopped)
 
