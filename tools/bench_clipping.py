@@ -4,8 +4,10 @@
 
 For each shape, programs are compiled first and then run in turn, so that all
 see the same machine: "plain" (the gradient of the summed loss, no privacy),
-dptrain's methods, and jax_privacy at several microbatch sizes (where it is
-installed: `pip install jax-privacy`). Printed are medians with the spread of
+dptrain's methods, one_pass again in microbatches that a loop on the device adds
+up (as `PrivateStep.microbatch_size` does; "one_pass/2" is 2 rows at once), and
+jax_privacy at several microbatch sizes (where it is installed: `pip install
+jax-privacy`). Printed are medians with the spread of
 the middle half, ratios to plain of the same round, and the temporary memory of
 the compiled program.
 
@@ -32,6 +34,9 @@ from dptrain.clipping import methods
 from dptrain.clipping import rules
 from dptrain.models import bert
 from dptrain.models import masked_lm
+
+METHODS = ("one_pass", "two_pass", "vmap")
+MICROBATCHES = (1, 2, 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,13 +108,12 @@ def _measure(shape: Shape, rounds: int, dtype: str) -> dict[str, Any]:
     "auto": methods.choose(model.losses, params, batch, keys).method,
     "programs": figures,
     "best_jax_privacy": _fastest(figures, "jax_privacy"),
-    "best_method": _fastest(figures, ("one_pass", "two_pass", "vmap")),
+    "best_method": min(METHODS, key=lambda name: figures[name]["seconds"]),
+    "best_microbatch": _fastest(figures, "one_pass/"),
   }
 
 
-def _fastest(
-  figures: dict[str, dict[str, float]], prefix: str | tuple[str, ...]
-) -> str | None:
+def _fastest(figures: dict[str, dict[str, float]], prefix: str) -> str | None:
   """The quickest program whose name begins so; None if there is none."""
   names = [name for name in figures if name.startswith(prefix)]
   return min(names, key=lambda n: figures[n]["seconds"], default=None)
@@ -152,15 +156,31 @@ def _programs(
         params,
         batch,
         keys,
-        jnp.zeros(shape.batch, bool),
+        jnp.zeros(len(keys), bool),
         rules.ClippingRule(),
         method,
       ).gradients
 
     return run
 
-  programs = {"plain": plain}
-  programs |= {m: clipped(m) for m in ("one_pass", "two_pass", "vmap")}
+  def scanned(size: int) -> Callable[..., Any]:
+    def run(params: Any, batch: Any, keys: Any) -> Any:
+      def add(total: Any, part: Any) -> tuple[Any, None]:
+        found = clipped("one_pass")(params, *part)
+        return jax.tree.map(jnp.add, total, found), None
+
+      parts = jax.tree.map(
+        lambda x: x.reshape(-1, size, *x.shape[1:]), (batch, keys)
+      )
+      zeros = jax.tree.map(jnp.zeros_like, params)
+      return jax.lax.scan(add, zeros, parts)[0]
+
+    return run
+
+  programs = {"plain": plain} | {name: clipped(name) for name in METHODS}
+  for size in MICROBATCHES:
+    if size < shape.batch:
+      programs[f"one_pass/{size}"] = scanned(size)
   for size, run in _jax_privacy(model, shape):
     programs[f"jax_privacy/{size}"] = run
   return programs
@@ -231,8 +251,9 @@ def _show(name: str, shape: Shape, result: dict[str, Any]) -> None:
   seconds = {n: f["seconds"] for n, f in result["programs"].items()}
   auto, best = result["auto"], result["best_method"]
   told = f"auto takes {auto}: {seconds[auto] / seconds[best]:.2f} x {best}"
-  if peer := result["best_jax_privacy"]:
-    told += f", {seconds[auto] / seconds[peer]:.2f} x {peer}"
+  for other in (result["best_microbatch"], result["best_jax_privacy"]):
+    if other:
+      told += f", {seconds[auto] / seconds[other]:.2f} x {other}"
   print(f"  {told}")
   sys.stdout.flush()
 

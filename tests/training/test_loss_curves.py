@@ -75,7 +75,7 @@ def test_the_methods_train_alike():
   assert 0 < curve[:, 1].mean() < 1  # and some gradients are clipped
   for method in methods.METHODS[2:]:
     other_curve, other = trained(method)
-    np.testing.assert_allclose(other_curve, curve, rtol=1e-5, err_msg=method)
+    np.testing.assert_allclose(other_curve, curve, rtol=3e-5, err_msg=method)
     moved = jax.tree.map(np.subtract, params, start)
     error = jax.tree.map(np.subtract, params, other)
     assert optax.tree.norm(error) < 1e-5 * optax.tree.norm(moved), method
