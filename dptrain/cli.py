@@ -71,7 +71,13 @@ def _report(arguments: argparse.Namespace) -> int:
   from dptrain.privacy import ledger
   from dptrain.privacy import report
 
-  made = report.make_report(ledger.read(pathlib.Path(arguments.model_dir)))
+  found = ledger.read(pathlib.Path(arguments.model_dir))
+  if arguments.format == "html":
+    from dptrain.privacy import report_page
+
+    print(report_page.make_page(found), end="")
+    return 0
+  made = report.make_report(found)
   print(
     made.as_json() if arguments.format == "json" else made.as_text(), end=""
   )
@@ -113,7 +119,9 @@ def _parser() -> argparse.ArgumentParser:
     "report", help="compute the privacy report of MODEL_DIR from its ledger"
   )
   report.add_argument("model_dir", metavar="MODEL_DIR")
-  report.add_argument("--format", choices=("text", "json"), default="text")
+  report.add_argument(
+    "--format", choices=("text", "json", "html"), default="text"
+  )
   report.set_defaults(command=_report)
   return parser
 

@@ -33,7 +33,7 @@ RDP_ORDERS = tuple(
 FEW_RDP_ORDERS = (1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 12, 16, 32, 64, 256, 1024)
 
 # PLD time grows with segments / interval; fine grids only while that is quick.
-_FINE_INTERVAL, _COARSE_INTERVAL = 1e-4, 1e-3
+_FINE_INTERVAL, COARSE_INTERVAL = 1e-4, 1e-3
 _MAX_SEGMENTS_FOR_FINE = 8
 # Its memory grows with epsilon / interval, and nobody defends more than this.
 MAX_EPSILON_FOR_PLD = 50.0
@@ -173,7 +173,7 @@ def rdp_bound(
 ) -> tuple[float, float]:
   """Epsilon by Renyi DP and the order that gave it."""
   renyi = rdp.RdpAccountant(orders, neighboring_relation=_relation(relation))
-  with _without_order_warnings():
+  with without_order_warnings():
     renyi.compose(event(composed))
   value, order = renyi.get_epsilon_and_optimal_order(delta)
   return float(value), float(order)
@@ -195,7 +195,7 @@ def pld_bound(
 def pld_interval(composed: Sequence[Releases], quick: bool) -> float:
   """The PLD grid that a bound is quoted with."""
   fine = not quick and len(composed) <= _MAX_SEGMENTS_FOR_FINE
-  return _FINE_INTERVAL if fine else _COARSE_INTERVAL
+  return _FINE_INTERVAL if fine else COARSE_INTERVAL
 
 
 def epsilon_without_amplification(
@@ -297,7 +297,7 @@ def _relation(name: str) -> dp_accounting.NeighboringRelation:
 
 
 @contextlib.contextmanager
-def _without_order_warnings() -> Iterator[None]:
+def without_order_warnings() -> Iterator[None]:
   """Hides dp-accounting's line per RDP order that it leaves out.
 
   Leaving an order out is sound, only looser, and the order that won is named in

@@ -93,9 +93,9 @@ class PrivacyReport:
         "Privacy report",
         "==============",
         "",
-        *_paragraph(self._statement()),
+        *_paragraph(self.statement()),
         "",
-        *_table(self._facts()),
+        *_table(self.facts()),
         "",
         "Released, over all branches",
         *self._released(),
@@ -115,7 +115,8 @@ class PrivacyReport:
       ]
     )
 
-  def _statement(self) -> str:
+  def statement(self) -> str:
+    """The guarantee in a few sentences."""
     if not self.claim:
       return (
         "FIXED SEED: NO PRIVACY CLAIM. The noise of this run can be recomputed"
@@ -129,7 +130,8 @@ class PrivacyReport:
       f" Protected is {self.unit}."
     )
 
-  def _facts(self) -> list[tuple[str, str]]:
+  def facts(self) -> list[tuple[str, str]]:
+    """Its terms, as pairs of a name and a value."""
     eps, plan = self.epsilon, self.plan
     budget = plan["target_epsilon"]
     pld = rounded_up(eps.pld) if eps.pld is not None else eps.note

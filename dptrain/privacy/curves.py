@@ -1,0 +1,206 @@
+"""What stands behind one epsilon: its growth, its trade-offs, its groups.
+
+All numbers are dp-accounting's, as in `accounting`; these take longer and are
+made when somebody asks for the report as a page.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+
+from dp_accounting import dp_event
+from dp_accounting import pld
+from dp_accounting import rdp
+import numpy as np
+from scipy import stats
+
+from dptrain.privacy import accounting
+
+GROUP_SIZES = (2, 4, 8, 16)
+_MAX_POINTS = 24
+_NUM_EPSILONS = 61
+_MAX_MECHANISMS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Growth:
+  """Epsilon after some of the updates, at one delta.
+
+  Attributes:
+    updates: how many updates were made.
+    by_rdp: bound by RDP then.
+    by_pld: bound by PLD then.
+    unamplified: as if every update had read every record.
+  """
+
+  updates: list[int]
+  by_rdp: list[float]
+  by_pld: list[float]
+  unamplified: list[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class TradeOff:
+  """All guarantees that the same releases give at once.
+
+  Attributes:
+    epsilons: rising.
+    deltas: the smallest delta that PLD gives for each.
+    type_1: false alarms of whoever tests for one record's presence.
+    type_2: misses that they must then accept at least (f-DP, arXiv
+      1905.02383).
+  """
+
+  epsilons: list[float]
+  deltas: list[float]
+  type_1: list[float]
+  type_2: list[float]
+
+
+def growth(
+  releases: Sequence[accounting.Releases], delta: float, relation: str
+) -> Growth:
+  """Epsilon over the updates, which are made in the order of `releases`.
+
+  Args:
+    releases: runs of equal releases, in order of time; not empty.
+    delta: of all values.
+    relation: a key of `accounting.RELATIONS`.
+  """
+  neighbouring = accounting.RELATIONS[relation]
+  renyi = rdp.RdpAccountant(accounting.RDP_ORDERS, neighbouring)
+  losses = pld.PLDAccountant(neighbouring, accounting.COARSE_INTERVAL)
+  made = Growth([], [], [], [])
+  before: list[accounting.Releases] = []
+  for part in _pieces(releases):
+    event = accounting.event([part])
+    with accounting.without_order_warnings():
+      renyi.compose(event)
+    losses.compose(event)
+    before.append(part)
+    made.updates.append(sum(r.count for r in before))
+    made.by_rdp.append(float(renyi.get_epsilon(delta)))
+    made.by_pld.append(float(losses.get_epsilon(delta)))
+    made.unamplified.append(
+      accounting.epsilon_without_amplification(before, delta)
+    )
+  return made
+
+
+def trade_off(
+  releases: Sequence[accounting.Releases], epsilon: float, relation: str
+) -> TradeOff:
+  """Delta over epsilon, and errors of type I against errors of type II.
+
+  Args:
+    releases: everything released; not empty.
+    epsilon: the quoted one; the curve reaches to twice that.
+    relation: a key of `accounting.RELATIONS`.
+  """
+  losses = pld.PLDAccountant(
+    accounting.RELATIONS[relation], accounting.COARSE_INTERVAL
+  )
+  losses.compose(accounting.event(releases))
+  epsilons = np.linspace(0.0, 2 * epsilon, _NUM_EPSILONS)
+  deltas = np.array([float(losses.get_delta(float(e))) for e in epsilons])
+  alarms = np.concatenate(
+    [np.geomspace(1e-4, 0.1, 40), np.linspace(0.1, 1, 50)]
+  )
+  # Proposition 6 of arXiv 1905.02383: each (epsilon, delta) allows no test
+  # below two straight lines.
+  lines = np.maximum(
+    1 - deltas[:, None] - np.exp(epsilons)[:, None] * alarms,
+    np.exp(-epsilons)[:, None] * (1 - deltas[:, None] - alarms),
+  )
+  misses = np.maximum(lines.max(axis=0), 0.0)
+  return TradeOff(
+    epsilons.tolist(), deltas.tolist(), alarms.tolist(), misses.tolist()
+  )
+
+
+def group_epsilons(
+  releases: Sequence[accounting.Releases],
+  delta: float,
+  relation: str,
+  sizes: Sequence[int] = GROUP_SIZES,
+) -> dict[int, float | None]:
+  """Epsilon for groups of units that change together, at the same delta.
+
+  Of a group of k, Binomial(k, q) units are in a sample, and each moves the sum
+  by at most the sensitivity: a mixture of Gaussians (arXiv 2401.10294). Upper
+  bounds, coarser than the quoted epsilon: sampling probabilities are rounded up
+  to a few, and the grid grows with k.
+
+  Args:
+    releases: everything released.
+    delta: of all values.
+    relation: a key of `accounting.RELATIONS`.
+    sizes: of groups, rising.
+
+  Returns:
+    Epsilon by size of the group; None where it exceeds
+    `accounting.MAX_EPSILON_FOR_PLD`.
+  """
+  few = _rounded_up(releases)
+  found: dict[int, float | None] = {}
+  for size in sizes:
+    if None in found.values():
+      found[size] = None  # larger groups cost more
+      continue
+    losses = pld.PLDAccountant(
+      accounting.RELATIONS[relation], accounting.COARSE_INTERVAL * size
+    )
+    for release in few:
+      losses.compose(_of_group(release, size), release.count)
+    value = float(losses.get_epsilon(delta))
+    limit = accounting.MAX_EPSILON_FOR_PLD
+    found[size] = value if value <= limit else None
+  return found
+
+
+def _of_group(
+  release: accounting.Releases, size: int
+) -> dp_event.MixtureOfGaussiansDpEvent:
+  members = np.arange(size + 1)
+  chances = stats.binom.pmf(members, size, release.sampling_prob)
+  present = chances > 0
+  return dp_event.MixtureOfGaussiansDpEvent(
+    release.noise_multiplier,
+    members[present].astype(float).tolist(),
+    (chances[present] / chances[present].sum()).tolist(),
+  )
+
+
+def _rounded_up(
+  releases: Sequence[accounting.Releases],
+) -> list[accounting.Releases]:
+  """At most `_MAX_MECHANISMS` kinds per noise, none cheaper than what it is."""
+  by_noise: dict[float, list[accounting.Releases]] = {}
+  for release in accounting.merged(releases):
+    by_noise.setdefault(release.noise_multiplier, []).append(release)
+  few = []
+  for same in by_noise.values():
+    same.sort(key=lambda r: r.sampling_prob)
+    for part in np.array_split(np.arange(len(same)), _MAX_MECHANISMS):
+      if len(part):
+        few.append(
+          dataclasses.replace(
+            same[part[-1]], count=sum(same[i].count for i in part)
+          )
+        )
+  return few
+
+
+def _pieces(
+  releases: Sequence[accounting.Releases],
+) -> list[accounting.Releases]:
+  """Cuts long runs, so that a curve has some points."""
+  total = sum(r.count for r in releases)
+  length = max(1, -(-total // _MAX_POINTS))
+  pieces = []
+  for release in releases:
+    left = release.count
+    while left:
+      count = min(length, left)
+      pieces.append(dataclasses.replace(release, count=count))
+      left -= count
+  return pieces

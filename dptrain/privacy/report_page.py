@@ -1,0 +1,240 @@
+"""The privacy report as one self-contained page, for browser and printer."""
+
+from collections.abc import Callable, Sequence
+import html
+import io
+from typing import Any
+
+from dptrain.privacy import accounting
+from dptrain.privacy import curves
+from dptrain.privacy import ledger as ledger_lib
+from dptrain.privacy import report as report_lib
+
+_STYLE = """
+body { font: 11pt/1.45 Georgia, serif; max-width: 46em; margin: 2em auto;
+  padding: 0 1em; color: #111; }
+h1 { font-size: 1.6em; } h2 { font-size: 1.2em; margin-top: 1.6em; }
+.claim { border-left: 4px solid #235; padding: .4em 1em; background: #f3f5f8; }
+table { border-collapse: collapse; width: 100%; font-size: .93em; }
+th, td { text-align: left; padding: .2em .6em; vertical-align: top;
+  border-bottom: 1px solid #ddd; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+figure { margin: 1em 0; break-inside: avoid; }
+svg { width: 100%; height: auto; }
+figcaption, .small { font-size: .88em; color: #444; }
+.plots { display: grid; grid-template-columns: 1fr 1fr; gap: 0 1.5em; }
+code { font-size: .9em; background: #f3f3f3; padding: 0 .2em; }
+@media print { body { margin: 0; max-width: none; font-size: 9.5pt; }
+  h2 { break-after: avoid; } tr { break-inside: avoid; } }
+@page { margin: 16mm; }
+"""
+
+_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+
+
+def make_page(ledger: ledger_lib.Ledger) -> str:
+  """The page of a ledger, as HTML; it loads nothing from anywhere.
+
+  Takes some seconds: what the curves show is computed anew.
+
+  Args:
+    ledger: of one MODEL_DIR.
+
+  Raises:
+    LedgerError: the ledger has no header.
+  """
+  made = report_lib.make_report(ledger)
+  releases = _in_order(ledger)
+  relation = made.plan["relation"]
+  parts = [
+    "<h1>Privacy report</h1>",
+    f'<p class="claim">{html.escape(made.statement())}</p>',
+    _table(made.facts()),
+  ]
+  if releases and made.epsilon.value <= accounting.MAX_EPSILON_FOR_PLD:
+    parts += _figures(made, releases, relation)
+    parts.append(_groups(made, releases, relation))
+  parts += [
+    "<h2>What was released</h2>",
+    _released(made),
+    "<h2>What is not protected</h2>",
+    _list(made.unprotected),
+    "<h2>How to check this</h2>",
+    _checking(made),
+  ]
+  body = "\n".join(parts)
+  return (
+    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+    '<meta name="viewport" content="width=device-width">'
+    f"<title>Privacy report</title><style>{_STYLE}</style></head>\n"
+    f"<body>\n{body}\n</body></html>\n"
+  )
+
+
+def _in_order(ledger: ledger_lib.Ledger) -> list[accounting.Releases]:
+  """Runs of equal releases, branch after branch, in the order of updates."""
+  return [
+    accounting.Releases(
+      run["last_step"] - run["first_step"] + 1,
+      run["sampling_prob"],
+      run["noise_multiplier"],
+    )
+    for run in ledger.segments()
+  ]
+
+
+def _figures(
+  made: report_lib.PrivacyReport,
+  releases: list[accounting.Releases],
+  relation: str,
+) -> list[str]:
+  growth = curves.growth(releases, made.delta, relation)
+  trade = curves.trade_off(releases, made.epsilon.value, relation)
+
+  def spent(axes: Any) -> None:
+    axes.plot(growth.updates, growth.by_pld, label="PLD")
+    axes.plot(growth.updates, growth.by_rdp, "--", label="RDP")
+    axes.set(xlabel="updates", ylabel="epsilon", ylim=0)
+    axes.legend(frameon=False)
+
+  def unamplified(axes: Any) -> None:
+    axes.plot(growth.updates, growth.by_pld, label="with sampling")
+    axes.plot(growth.updates, growth.unamplified, ":", label="without")
+    axes.set(xlabel="updates", ylabel="epsilon", yscale="log")
+    axes.legend(frameon=False)
+
+  def schedule(axes: Any) -> None:
+    size, done = made.plan["num_examples"], 0
+    steps, batches = [], []
+    for release in releases:
+      steps += [done, done + release.count]
+      batches += [release.sampling_prob * size] * 2
+      done += release.count
+    axes.plot(steps, batches)
+    axes.set(xlabel="updates", ylabel="expected batch", ylim=0)
+
+  def deltas(axes: Any) -> None:
+    axes.plot(trade.epsilons, trade.deltas)
+    axes.plot([made.epsilon.value], [made.delta], "o")
+    axes.set(xlabel="epsilon", ylabel="delta", yscale="log")
+
+  def errors(axes: Any) -> None:
+    axes.plot(trade.type_1, trade.type_2)
+    axes.plot([0, 1], [1, 0], ":", color="grey")
+    axes.set(xlabel="false alarms", ylabel="misses", xlim=(0, 1), ylim=(0, 1))
+
+  drawn = (
+    (spent, f"Epsilon at delta {made.delta:g}, as it was spent."),
+    (unamplified, "The same, and as if every update had read every record."),
+    (schedule, "Records that an update expects."),
+    (deltas, "Every delta has its epsilon; the dot is the one quoted."),
+    (
+      errors,
+      "Whoever tests whether one record was in the corpus must miss it at least"
+      " this often, for each rate of false alarms; dotted: pure guessing.",
+    ),
+  )
+  figures = "".join(
+    f"<figure>{_drawing(draw)}<figcaption>{caption}</figcaption></figure>"
+    for draw, caption in drawn
+  )
+  return ["<h2>Behind the number</h2>", f'<div class="plots">{figures}</div>']
+
+
+def _drawing(draw: Callable[[Any], None]) -> str:
+  """One plot as SVG that stands alone."""
+  import matplotlib as mpl
+  from matplotlib import figure
+
+  with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dptrain"}):
+    canvas = figure.Figure(figsize=(4.2, 2.8), layout="constrained")
+    axes = canvas.subplots()
+    draw(axes)
+    axes.spines[["top", "right"]].set_visible(False)
+    text = io.StringIO()
+    canvas.savefig(text, format="svg", metadata=_NO_METADATA)
+  # Without the XML declaration, which has no place inside a page.
+  _, start, rest = text.getvalue().partition("<svg")
+  return start + rest
+
+
+def _groups(
+  made: report_lib.PrivacyReport,
+  releases: list[accounting.Releases],
+  relation: str,
+) -> str:
+  found = curves.group_epsilons(releases, made.delta, relation)
+  limit = f"over {accounting.MAX_EPSILON_FOR_PLD:g}"
+  rows = [
+    [
+      f"{size} records",
+      limit if value is None else report_lib.rounded_up(value),
+    ]
+    for size, value in found.items()
+  ]
+  return (
+    "<h2>Groups</h2><p>Several records of one source (a person, a document) are"
+    f" protected less. Epsilon at the same delta, {made.delta:g}, for groups"
+    " that change together:</p>"
+    + _columns(["group", "epsilon"], rows, numeric={1})
+  )
+
+
+def _released(made: report_lib.PrivacyReport) -> str:
+  size = made.plan["num_examples"]
+  rows = [
+    [
+      f"{row['count']:,}",
+      f"{row['sampling_prob']:.6g}",
+      f"{row['sampling_prob'] * size:,.0f}",
+      f"{row['noise_multiplier']:.6g}",
+    ]
+    for row in made.schedule
+  ]
+  names = ["updates", "sampling probability", "expected batch", "noise"]
+  branches = ""
+  if len(made.branches) > 1:
+    branches = f"<p>{len(made.branches)} branches, all priced.</p>"
+  return _columns(names, rows, numeric={0, 1, 2, 3}) + branches
+
+
+def _checking(made: report_lib.PrivacyReport) -> str:
+  versions = ", ".join(f"{k} {v}" for k, v in made.versions.items())
+  return (
+    "<p>Everything above follows from <code>privacy_ledger.jsonl</code>"
+    " alone: <code>dptrain report MODEL_DIR --format html</code> makes this"
+    " page again, <code>--format json</code> gives the figures. Each line of"
+    " the ledger holds one update's sampling probability and noise multiplier,"
+    " and the hash of the line before it. To recompute epsilon without dptrain,"
+    " compose for each row of the table"
+    " <code>PoissonSampledDpEvent(sampling probability,"
+    " GaussianDpEvent(noise))</code> that many times with dp_accounting's"
+    " <code>PLDAccountant</code> or <code>RdpAccountant</code> under"
+    " <code>NeighboringRelation.REPLACE_SPECIAL</code>.</p>"
+    f'<p class="small">Computed by {html.escape(versions)}.</p>'
+  )
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+  cells = "".join(
+    f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
+    for name, value in rows
+  )
+  return f"<table>{cells}</table>"
+
+
+def _columns(
+  names: Sequence[str], rows: Sequence[Sequence[str]], numeric: set[int]
+) -> str:
+  def row(cells: Sequence[str], tag: str) -> str:
+    return "".join(
+      f"<{tag}{' class=n' if i in numeric else ''}>{html.escape(c)}</{tag}>"
+      for i, c in enumerate(cells)
+    )
+
+  body = "".join(f"<tr>{row(cells, 'td')}</tr>" for cells in rows)
+  return f"<table><tr>{row(names, 'th')}</tr>{body}</table>"
+
+
+def _list(texts: Sequence[str]) -> str:
+  return "<ul>" + "".join(f"<li>{html.escape(t)}</li>" for t in texts) + "</ul>"
