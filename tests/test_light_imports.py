@@ -25,6 +25,17 @@ def test_private_wings_import_no_framework_of_data_or_settings():
   assert not roots & {"tensorflow", "seqio", "gin", "clu", "orbax", "flax"}
 
 
+def test_clipping_any_flax_model_needs_flax_alone():
+  modules = "dptrain.clipping.methods, dptrain.clipping.adaptation"
+  code = f"import sys, {modules}; print(*sys.modules)"
+  names = run("-c", code).stdout.split()
+  roots = {name.partition(".")[0] for name in names}
+  assert {"dptrain", "flax", "jax"} <= roots
+  assert not roots & {"tensorflow", "seqio", "gin", "clu"}
+  wings = {n.split(".")[1] for n in names if n.startswith("dptrain.")}
+  assert wings == {"clipping"}
+
+
 def test_the_package_alone_imports_only_the_standard_library():
   code = (
     "import sys; before = set(sys.modules); import dptrain;"
