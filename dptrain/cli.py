@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 import pathlib
 import sys
+from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,13 +72,26 @@ def _report(arguments: argparse.Namespace) -> int:
   from dptrain.privacy import ledger
   from dptrain.privacy import report
 
-  found = ledger.read(pathlib.Path(arguments.model_dir))
-  if arguments.format == "html":
+  found = {
+    name: ledger.read(pathlib.Path(name)) for name in arguments.model_dir
+  }
+  if len(found) < len(arguments.model_dir):
+    raise ValueError("a MODEL_DIR is given twice; name each run once.")
+  if len(found) > 1:
+    if arguments.format == "html":
+      raise ValueError("--format=html is for one MODEL_DIR; use text or json.")
+    from dptrain.privacy import several_runs
+
+    made: Any = several_runs.make_joint_report(
+      found, disjoint=arguments.disjoint
+    )
+  elif arguments.format == "html":
     from dptrain.privacy import report_page
 
-    print(report_page.make_page(found), end="")
+    print(report_page.make_page(*found.values()), end="")
     return 0
-  made = report.make_report(found)
+  else:
+    made = report.make_report(*found.values())
   print(
     made.as_json() if arguments.format == "json" else made.as_text(), end=""
   )
@@ -116,9 +130,16 @@ def _parser() -> argparse.ArgumentParser:
   _add_plan_flags(plan)
   plan.set_defaults(command=_plan)
   report = commands.add_parser(
-    "report", help="compute the privacy report of MODEL_DIR from its ledger"
+    "report",
+    help="compute the privacy report of MODEL_DIR, or of several together, from"
+    " the ledgers",
   )
-  report.add_argument("model_dir", metavar="MODEL_DIR")
+  report.add_argument("model_dir", metavar="MODEL_DIR", nargs="+")
+  report.add_argument(
+    "--disjoint",
+    action="store_true",
+    help="the runs' corpora share no unit (else: they are one corpus)",
+  )
   report.add_argument(
     "--format", choices=("text", "json", "html"), default="text"
   )

@@ -93,21 +93,15 @@ class PrivacyReport:
         "Privacy report",
         "==============",
         "",
-        *_paragraph(self.statement()),
+        *paragraph(self.statement()),
         "",
-        *_table(self.facts()),
+        *table(self.facts()),
         "",
         "Released, over all branches",
         *self._released(),
         "",
         "Not protected",
-        *(
-          line
-          for text in self.unprotected
-          for line in textwrap.wrap(
-            text, 78, initial_indent="  - ", subsequent_indent="    "
-          )
-        ),
+        *bullets(self.unprotected),
         "",
         "Computed from the ledger by "
         + ", ".join(f"{k} {v}" for k, v in self.versions.items()),
@@ -279,11 +273,24 @@ def rounded_up(bound: float) -> str:
   return f"{float(context.create_decimal_from_float(bound)):.4g}"
 
 
-def _paragraph(text: str) -> list[str]:
+def paragraph(text: str) -> list[str]:
+  """Lines of at most 80 columns."""
   return textwrap.wrap(text, 80)
 
 
-def _table(rows: list[tuple[str, str]]) -> list[str]:
+def bullets(texts: list[str]) -> list[str]:
+  """Each text with a dash in front, wrapped."""
+  return [
+    line
+    for text in texts
+    for line in textwrap.wrap(
+      text, 78, initial_indent="  - ", subsequent_indent="    "
+    )
+  ]
+
+
+def table(rows: list[tuple[str, str]]) -> list[str]:
+  """Names and values in two columns, wrapped."""
   width = max(len(name) for name, _ in rows) + 2
   return [
     line

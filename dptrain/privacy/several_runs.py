@@ -1,0 +1,166 @@
+"""One guarantee for several runs: restarts, trials, replicas on shards."""
+
+from collections.abc import Mapping
+import dataclasses
+import json
+import math
+from typing import Any
+
+from dptrain.privacy import accounting
+from dptrain.privacy import ledger as ledger_lib
+from dptrain.privacy import report as report_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class JointReport:
+  """What several runs have released together.
+
+  Attributes:
+    claim: whether all runs had a secret seed.
+    disjoint: whether their corpora share no unit.
+    unit: the privacy unit in words.
+    relation: the neighbouring relation in words.
+    delta: the largest of the runs'.
+    epsilon: of everything that any of them released.
+    runs: epsilon of each alone at that delta, by name.
+    unprotected: what no run protects, and what one of them does not.
+  """
+
+  claim: bool
+  disjoint: bool
+  unit: str
+  relation: str
+  delta: float
+  epsilon: float
+  runs: dict[str, float]
+  unprotected: list[str]
+
+  def as_json(self) -> str:
+    """The report as JSON text."""
+    data = dataclasses.asdict(self)
+    data["epsilon"] = _plain(self.epsilon)
+    data["runs"] = {name: _plain(value) for name, value in self.runs.items()}
+    return json.dumps(data, indent=2, sort_keys=True) + "\n"
+
+  def as_text(self) -> str:
+    """The report as text for people."""
+    how = (
+      "parallel composition: no unit is in two of the corpora"
+      if self.disjoint
+      else "sequential composition: all runs read the same corpus"
+    )
+    facts = [
+      ("privacy unit", self.unit),
+      ("neighbouring corpora", self.relation),
+      ("composed by", how),
+      ("delta", f"{self.delta}"),
+      *(
+        (name, f"epsilon {report_lib.rounded_up(value)} alone")
+        for name, value in self.runs.items()
+      ),
+    ]
+    return "\n".join(
+      [
+        "Privacy report of several runs",
+        "==============================",
+        "",
+        *report_lib.paragraph(self._statement()),
+        "",
+        *report_lib.table(facts),
+        "",
+        "Not protected",
+        *report_lib.bullets(self.unprotected),
+        "",
+      ]
+    )
+
+  def _statement(self) -> str:
+    bound = f"({report_lib.rounded_up(self.epsilon)}, {self.delta})"
+    if not self.claim:
+      return (
+        "FIXED SEED: NO PRIVACY CLAIM. The noise of at least one run can be"
+        f" recomputed by anyone. With secret seeds the runs would be {bound}-"
+        "differentially private."
+      )
+    return (
+      "The parameters and checkpoints of all these runs together are"
+      f" {bound}-differentially private. Protected is {self.unit}."
+    )
+
+
+def make_joint_report(
+  ledgers: Mapping[str, ledger_lib.Ledger], *, disjoint: bool = False
+) -> JointReport:
+  """Composes the ledgers of several runs.
+
+  Formal guarantee: unit and relation: those of the runs, which must agree. On
+  one corpus, the releases of all runs are one sequence, adaptively chosen. On
+  disjoint corpora a unit is in one of them at most, and the others are the same
+  for both neighbours: the dearest run bounds them all, even if runs read each
+  other's releases (parallel composition). That corpora are the same, or
+  disjoint, is taken on trust: a ledger does not hold what would tell.
+
+  Args:
+    ledgers: at least one, by name.
+    disjoint: the corpora share no unit.
+
+  Returns:
+    The report.
+
+  Raises:
+    LedgerError: a ledger has no header, or the runs do not fit together.
+  """
+  reports = {
+    name: report_lib.make_report(ledger) for name, ledger in ledgers.items()
+  }
+  _check_alike(reports, disjoint)
+  some = next(iter(reports.values()))
+  relation = some.plan["relation"]
+  delta = max(report.delta for report in reports.values())
+  alone = {
+    name: accounting.epsilon(ledger.releases(), delta, relation).value
+    for name, ledger in ledgers.items()
+  }
+  if disjoint:
+    epsilon = max(alone.values())
+  else:
+    everything = [r for ledger in ledgers.values() for r in ledger.releases()]
+    epsilon = accounting.epsilon(everything, delta, relation).value
+  told = [text for report in reports.values() for text in report.unprotected]
+  return JointReport(
+    claim=all(report.claim for report in reports.values()),
+    disjoint=disjoint,
+    unit=some.unit,
+    relation=some.relation,
+    delta=delta,
+    epsilon=epsilon,
+    runs=alone,
+    unprotected=list(dict.fromkeys(told)),
+  )
+
+
+def _check_alike(
+  reports: Mapping[str, report_lib.PrivacyReport], disjoint: bool
+) -> None:
+  """Raises LedgerError unless one statement can cover all runs."""
+  (first, some), *others = reports.items()
+  names = ["unit", "relation"] if disjoint else ["unit", "relation", "N"]
+  for name, report in others:
+    for field in names:
+      key = "num_examples" if field == "N" else field
+      here, there = report.plan[key], some.plan[key]
+      if here != there:
+        way_out = (
+          "; corpora of different sizes are not the same: if no unit is in two"
+          " of them, say --disjoint; else report them one by one"
+          if field == "N"
+          else "; report them one by one"
+        )
+        raise ledger_lib.LedgerError(
+          f"{name} and {first} cannot be composed: {key} is {here!r} in one and"
+          f" {there!r} in the other{way_out}."
+        )
+
+
+def _plain(value: float) -> Any:
+  return "inf" if value == math.inf else value
