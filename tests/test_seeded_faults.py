@@ -115,7 +115,8 @@ FAULTS = {
   ),
   "ledger written after the update only": Fault(
     "training/loop.py",
-    "    self.ledger.record(self.branch.name, step, release)\n"
+    "    processes.first(lambda: self.ledger.record(self.branch.name, step,"
+    " release))\n"
     "    params, opt_state, statistics = self.finish(\n"
     '      state["params"],\n'
     '      state["opt_state"],\n'
@@ -135,6 +136,31 @@ FAULTS = {
     "    self.ledger.record(self.branch.name, step, release)\n",
     "training/test_release_path.py::test_the_ledger_is_written_before_the"
     "_parameters_move",
+  ),
+  "noise added by each shard of a mesh": Fault(
+    "training/sharded_step.py",
+    "    total = jax.tree.map(lambda x: jnp.sum(x, axis=0), accumulator)\n",
+    "    from dptrain.privacy import noise\n"
+    "    sums = accumulator.gradients\n"
+    "    drawn = noise.gaussian_like(noise_key, sums, noise_multiplier)\n"
+    "    sums = jax.tree.map(jnp.add, sums, drawn)\n"
+    "    accumulator = accumulator._replace(gradients=sums)\n"
+    "    total = jax.tree.map(lambda x: jnp.sum(x, axis=0), accumulator)\n",
+    "training/test_mesh.py::test_sum_and_noise_do_not_know_the_mesh",
+  ),
+  "the sum of one shard dropped": Fault(
+    "training/sharded_step.py",
+    "    total = jax.tree.map(lambda x: jnp.sum(x, axis=0), accumulator)\n",
+    "    total = jax.tree.map(lambda x: jnp.sum(x[1:], axis=0), accumulator)\n",
+    "training/test_mesh.py::test_sum_and_noise_do_not_know_the_mesh",
+  ),
+  "other processes do not wait for the ledger": Fault(
+    "training/processes.py",
+    "  outcome = _tried(make) if is_first() else _Outcome(None, None)\n"
+    "  value: _T = _shared(outcome, outcome.value)[0]\n"
+    "  return value\n",
+    "  return make() if is_first() else None\n",
+    "training/test_processes.py::test_what_processes_tell_each_other",
   ),
 }
 

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 
 from dptrain.data import batches
 from dptrain.privacy import accounting
@@ -125,6 +126,8 @@ class _Loop:
     self.gathered, self.zeros = programs.gathered, programs.zeros
     self.accumulate, self.finish = programs.accumulate, programs.finish
     self.batches_built = itertools.count()
+    self.draws: dict[int, np.ndarray] = {}
+    self.limit = 0
     self.epsilon = _EpsilonMeter(self.plan.delta, self.plan.relation)
     self.evaluation: evaluation_lib.Evaluation | None = None
 
@@ -138,6 +141,7 @@ class _Loop:
     ):
       step, state = self._restore(checkpoints)
       limit = processes.first(lambda: self._last_affordable(step))
+      self.limit = limit
       progress = progress_lib.Progress(
         self.directory if self.run.tensorboard else None,
         self.plan.num_steps,
@@ -216,18 +220,15 @@ class _Loop:
   def _update(self, step: int, state: Any) -> tuple[int, Any, Any]:
     """One update: the only road from private examples to parameters."""
     release = self.plan.release(step)
-    with _on_host():
-      indices = sampling.poisson_sample(
-        self._key("sampling", step),
-        self.plan.num_examples,
-        release.sampling_prob,
-      )
+    indices = self._drawn(step)
     params = self.gathered(state["params"])
     accumulator = self.zeros(params, state["opt_state"])
     examples_key = self._key("examples", step)
     # Nothing here waits for a device: the next batch is built meanwhile.
     for batch in self._batches(indices):
       accumulator = self.accumulate(params, accumulator, batch, examples_key)
+    if step + 1 < self.limit:
+      self._drawn(step + 1)
     self._stop_if_asked()
     # On every process the update is dispatched after this returned, and this
     # returns after the line is on disk: whoever is killed when, no parameters
@@ -243,7 +244,20 @@ class _Loop:
     )
     return step + 1, {"params": params, "opt_state": opt_state}, statistics
 
-  def _batches(self, indices: Any) -> Iterator[Any]:
+  def _drawn(self, step: int) -> np.ndarray:
+    """The records of update `step`; asked early, while the devices compute."""
+    if step not in self.draws:
+      release = self.plan.release(step)
+      with _on_host():
+        indices = sampling.poisson_sample(
+          self._key("sampling", step),
+          self.plan.num_examples,
+          release.sampling_prob,
+        )
+      self.draws = {step: indices}
+    return self.draws[step]
+
+  def _batches(self, indices: np.ndarray) -> Iterator[Any]:
     """Physical batches on their devices; this process builds its own rows."""
     size, layout = self.run.physical_batch_size, self.prepared.layout
     rows = layout.own_rows(size) if layout else None

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import together
 
 from dptrain.training import mesh
 
@@ -17,10 +18,9 @@ FOLDER = pathlib.Path(__file__).parent
 
 def on_eight_devices(*options):
   """Runs tests of `eight_devices.py`; its output is the assertion's."""
-  # Compiling is nearly all of the time here.
-  flags = "--xla_force_host_platform_device_count=8"
-  flags += " --xla_backend_optimization_level=0"
-  flags += " --xla_llvm_disable_expensive_passes=true"
+  flags = (
+    f"{together.QUICK_TO_COMPILE} --xla_force_host_platform_device_count=8"
+  )
   environment = dict(os.environ, XLA_FLAGS=flags)
   for name in list(environment):
     if name.startswith("PYTEST"):

@@ -6,11 +6,15 @@ import pathlib
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import small_run
 
 TIMEOUT = 120
+QUICK_TO_COMPILE = (
+  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 
 
 def flags(count):
@@ -30,18 +34,25 @@ def flags(count):
 
 def start(commands, devices=1):
   """Starts one process for each command, with so many devices each."""
-  option = f"--xla_force_host_platform_device_count={devices}"
-  environment = dict(os.environ, XLA_FLAGS=option, TF_CPP_MIN_LOG_LEVEL="3")
+  flags = f"{QUICK_TO_COMPILE} --xla_force_host_platform_device_count={devices}"
+  environment = dict(os.environ, XLA_FLAGS=flags, TF_CPP_MIN_LOG_LEVEL="3")
   return [
-    subprocess.Popen(
-      [sys.executable, *map(str, command)],
-      env=environment,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-    )
-    for command in commands
+    _Program([sys.executable, *map(str, c)], environment) for c in commands
   ]
+
+
+class _Program(subprocess.Popen):
+  """Prints into a file, which cannot run full as a pipe does."""
+
+  def __init__(self, command, environment):
+    self._told = tempfile.TemporaryFile("w+")  # noqa: SIM115
+    super().__init__(
+      command, env=environment, stdout=self._told, stderr=subprocess.STDOUT
+    )
+
+  def told(self):
+    self._told.seek(0)
+    return self._told.read()
 
 
 def train(directories, count, devices=1, **options):
@@ -67,15 +78,15 @@ def train(directories, count, devices=1, **options):
 
 def ended(programs):
   """Waits for all; pairs of exit status and what was printed."""
-  try:
-    told = [program.communicate(timeout=TIMEOUT)[0] for program in programs]
-  finally:
-    for program in programs:
-      program.kill()
-  return [
-    (program.returncode, text)
-    for program, text in zip(programs, told, strict=True)
-  ]
+  end = time.monotonic() + TIMEOUT
+  while any(p.poll() is None for p in programs) and time.monotonic() < end:
+    if any(program.poll() for program in programs):
+      # The others end soon, or else only when they miss its heartbeat.
+      end = min(end, time.monotonic() + 10)
+    time.sleep(0.05)
+  for program in programs:
+    program.kill()
+  return [(program.wait(), program.told()) for program in programs]
 
 
 def wait_for(programs, condition):
@@ -83,10 +94,7 @@ def wait_for(programs, condition):
   end = time.monotonic() + TIMEOUT
   while not condition():
     if any(p.poll() is not None for p in programs) or time.monotonic() > end:
-      for program in programs:
-        program.kill()
-      told = [program.communicate()[0] for program in programs]
-      raise AssertionError("\n---\n".join(told))
+      raise AssertionError(ended(programs))
     time.sleep(0.0005)
 
 
