@@ -15,6 +15,7 @@ the same model without loops, at one and at two layers, and drawn out to all.
 import argparse
 import dataclasses
 import json
+import math
 import os
 import re
 import sys
@@ -59,6 +60,7 @@ def parsed() -> argparse.Namespace:
   )
   parser.add_argument("--peak_tflops", type=float, default=61.5)
   parser.add_argument("--utilisation", type=float, default=0.4)
+  parser.add_argument("--memory_gb_per_s", type=float, default=450.0)
   parser.add_argument("--link_gb_per_s", type=float, default=50.0)
   return parser.parse_args()
 
@@ -122,6 +124,7 @@ def measured(microbatch_size: int, microbatches: int) -> dict:
       "accumulate": collective_bytes(accumulate),
       "finish": collective_bytes(finish),
     },
+    "memory traffic of finish, bytes": finish.cost_analysis()["bytes accessed"],
     "flops per example": {"private": private, "plain": ordinary},
   }
 
@@ -264,39 +267,56 @@ def estimated(found: dict, arguments: argparse.Namespace, batch: int) -> dict:
   """Time of an update of so many examples on the pod."""
   per_core = arguments.microbatch_size * arguments.microbatches
   physical = per_core * arguments.cores
-  flops = found["flops per example"]["private"] * batch / arguments.cores
+  # The realised batch is drawn: nearly all draws lie within four deviations.
+  # What is padding for all of a core's microbatch is skipped.
+  at_once = arguments.microbatch_size * arguments.cores
+  microbatches = math.ceil((batch + 4 * math.sqrt(batch)) / at_once)
+  examples = microbatches * arguments.microbatch_size
+  flops = found["flops per example"]["private"] * examples
   arithmetic = flops / (arguments.peak_tflops * 1e12 * arguments.utilisation)
   moved = found["collective bytes"]["finish"]
   # A ring passes each byte on twice: while summing, while handing out.
   reduction = 2 * moved / (arguments.link_gb_per_s * GB)
-  seconds = arithmetic + reduction
+  update = found["memory traffic of finish, bytes"]
+  update /= arguments.memory_gb_per_s * GB
+  seconds = arithmetic + reduction + update
+  rows = found["bytes"]["physical batch"] / per_core
   return {
-    "batch": batch,
+    "expected batch": batch,
     "physical batch": physical,
-    "physical batches per update": batch / physical,
-    "seconds of arithmetic": arithmetic,
-    "seconds of reduction": reduction,
+    "microbatches of a core, at most": microbatches,
+    "seconds of accumulate": arithmetic,
+    "seconds of the reduction": reduction,
+    "seconds of noise and optimizer": update,
+    "seconds": seconds,
     "updates per hour": 3600 / seconds,
-    "hours of 20,000 updates": 20_000 * seconds / 3600,
+    "GB each core sends per update": 2 * moved / GB,
+    "GB between cores per physical batch": found["collective bytes"][
+      "accumulate"
+    ]
+    / GB,
+    "MB from hosts per physical batch, in all": rows * physical / 1e6,
   }
 
 
 def print_tables(found, arguments, rows) -> None:
   """For people."""
   held = found["bytes"]
-  plain = held["plain gradient, temporary and result"]
+  one = held["parameters"]
+  plain = held["plain gradient, temporary and result"] - one
   print(f"clipping method: {found['clipping']}")
   print(f"parameters: {found['parameters']:,}")
   for name, flops in found["flops per example"].items():
     print(f"{name}: {flops / 1e9:,.1f} GFLOP per example")
   print(f"\nmemory of one core, GB (microbatch {arguments.microbatch_size})")
   items = {
-    "parameters": held["parameters"],
+    "parameters": one,
     "optimizer state": held["optimizer state"],
     "accumulator": held["accumulator"],
+    "clipped sum of a microbatch": one,
+    "activations, as in a plain step": plain,
+    "one-pass buffers": held["accumulate, temporary"] - one - plain,
     "physical batch": held["physical batch"],
-    "activations and gradient of a plain step": plain,
-    "one-pass buffers beyond these": held["accumulate, temporary"] - plain,
   }
   for name, size in items.items():
     print(f"  {name:42}{size / GB:8.3f}")
