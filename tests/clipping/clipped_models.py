@@ -132,6 +132,11 @@ def clipped(loss_fn, params, batch, rule=None, tried=methods.METHODS[1:]):
 def errors(loss_fn, params, batch, tried=methods.METHODS[1:]):
   """Errors of norms and of sums, against vmap; the tapped uses."""
   run, uses = clipped(loss_fn, params, batch, tried=tried)
+  return errors_of(run, params, batch), uses
+
+
+def errors_of(run, params, batch):
+  """As `errors`, of what `clipped` has made."""
   found = run(params, batch, np.zeros(len(keys_of(batch)), bool))
   truth = found.pop("vmap")
   result = {}
@@ -148,7 +153,7 @@ def errors(loss_fn, params, batch, tried=methods.METHODS[1:]):
     result[method] = max(
       of_norms, np.linalg.norm(flat[0] - flat[1]) / np.linalg.norm(flat[1])
     )
-  return result, uses
+  return result
 
 
 def relative(found, truth):

@@ -11,7 +11,7 @@ import pytest
 from dptrain.clipping import einsum_layers
 from dptrain.clipping import layer_rules
 
-quick = settings(deadline=None, max_examples=25, database=None)
+quick = settings(deadline=None, max_examples=15, database=None)
 
 
 def reals(shape, seed=0):
