@@ -1,6 +1,7 @@
 """Private training under an unpatched t5x: the only wing that imports it.
 
   installation     refuses a t5x that lacks what is used here
+  gin_files        finds the gin files, for gin files
   launch           one run: plan, seed, ledger, branch, report
   poisson_batches  the dataset hook: step-addressed Poisson samples
   trainer          the trainer: the private step under t5x's loop
@@ -13,7 +14,3 @@
 t5x launches, shards, saves, evaluates and stops; what is released, sampled,
 clipped, noised and written down is what the thin loop does, by the same code.
 """
-
-from dptrain.t5x_bridge import installation
-
-installation.check()

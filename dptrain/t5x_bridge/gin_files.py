@@ -1,11 +1,14 @@
-"""To be imported by gin files that t5x reads: finds the files they include.
+"""To be imported first by gin files that t5x reads: finds what they include.
 
+Also where a t5x that lacks something is refused, before anything else fails.
 `python -m dptrain.t5x_bridge` prints the folder of those files.
 """
 
 from collections.abc import Callable
+import pathlib
 
 from dptrain import configuration
+from dptrain.t5x_bridge import installation
 import gin
 
 
@@ -16,6 +19,11 @@ def search_them() -> None:
     (reader, _without_type_errors(readable))
     for reader, readable in gin.config._FILE_READERS
   ]
+
+
+def absolute(path: str) -> str:
+  """An absolute path, which Orbax asks for; "~" is the home directory."""
+  return str(pathlib.Path(path).expanduser().absolute())
 
 
 def _without_type_errors(
@@ -32,4 +40,5 @@ def _without_type_errors(
   return is_readable
 
 
+installation.check()
 search_them()

@@ -23,6 +23,7 @@ class SeededInitializer(utils.TrainStateInitializer):
   def __init__(self, *, launch: launch_lib.Launch, **settings: Any):
     """Takes the run, and what t5x gives every initializer."""
     super().__init__(**settings)
+    optimizers.private_state(self.global_train_state_shape)
     self._launch = launch
 
   def from_scratch(self, init_rng: Any) -> Any:

@@ -163,6 +163,22 @@ class PrivateState(NamedTuple):
   ledger_head: Any
 
 
+def private_state(train_state: Any) -> PrivateState:
+  """What stands in the optimizer's place.
+
+  Raises:
+    ValueError: it is another optimizer's state.
+  """
+  slot = train_state.param_states
+  if not isinstance(slot, PrivateState):
+    raise ValueError(
+      f"the model's optimizer has a {type(slot).__name__}, which keeps no"
+      " ledger digest: bind its optimizer_def = @optimizers.PrivateOptimizer()"
+      " (dptrain.t5x_bridge)."
+    )
+  return slot
+
+
 class PrivateOptimizer(OptaxWrapper):
   """Keeps the private step's state, and with it where the ledger stood.
 

@@ -22,6 +22,7 @@ from dptrain.t5x_bridge import initial_state
 from dptrain.t5x_bridge import launch as launch_lib
 from dptrain.t5x_bridge import optimizers
 from dptrain.t5x_bridge import poisson_batches
+from dptrain.training import processes
 from dptrain.training import sharded_step
 from dptrain.training import step as step_lib
 
@@ -55,16 +56,10 @@ class PrivateTrainer(t5x_trainer.BaseTrainer):
     """
     super().__init__(**settings)
     self._launch = launch
+    slot = optimizers.private_state(self.train_state)
     self._programs = _Programs(
       launch, self._partitioner, self._train_state_axes, self.train_state
     )
-    slot = self.train_state.param_states
-    if not isinstance(slot, optimizers.PrivateState):
-      raise ValueError(
-        f"the optimizer is {type(self._model.optimizer_def).__name__}, which"
-        " keeps no ledger digest: bind the model's optimizer_def ="
-        " @optimizers.PrivateOptimizer() (dptrain.t5x_bridge)."
-      )
     step = int(_local(self.train_state.step))
     self._limit = launch.open_branch(
       step,
@@ -105,6 +100,7 @@ class PrivateTrainer(t5x_trainer.BaseTrainer):
 
     Raises:
       ValueError: the batches are not Poisson samples.
+      PreemptionError: on SIGTERM or Ctrl-C; t5x saves and ends.
     """
     _check_batches(batch_iter)
     start = int(_local(self.train_state.step))
@@ -117,13 +113,21 @@ class PrivateTrainer(t5x_trainer.BaseTrainer):
     )
     self._step = start
     end = min(start + num_steps, self._limit)
-    for step in range(start, end):
-      with jax.profiler.StepTraceAnnotation("train", step_num=step):
-        # After each update: an emergency checkpoint may be asked for any time.
-        self.train_state, statistics = self._update(
-          step, self.train_state, batch_iter
-        )
-        self._step = step + 1
+    try:
+      with processes.interruptible():
+        for step in range(start, end):
+          if processes.stop_asked(step):
+            raise KeyboardInterrupt
+          with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            # After each update: an emergency checkpoint may be due any time.
+            self.train_state, statistics = self._update(
+              step, self.train_state, batch_iter
+            )
+          self._step = step + 1
+    except KeyboardInterrupt as error:
+      raise t5x_trainer.PreemptionError(
+        "interrupted; what was done is saved, the same command resumes"
+      ) from error
     return self.train_metrics_manager.write_metrics_summary(
       self._metrics(statistics), self._step, max(end - start, 1)
     )

@@ -203,9 +203,11 @@ def token_metrics(
 
 
 def joined(evaluator: evaluation.Evaluator) -> Masked:
-  """The records that an evaluator holds: arrays [n, ...]."""
+  """The records that an evaluator holds, without padding: arrays [n, ...]."""
   parts = evaluator.masked_batches
-  return {
+  whole = {
     name: np.concatenate([np.asarray(part[name]) for part in parts])
     for name in ("inputs", "positions", "labels", "weights")
   }
+  counts = whole["weights"].any(axis=-1)
+  return {name: x[counts] for name, x in whole.items()}

@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -29,6 +30,8 @@ from t5x import gin_utils
 from t5x import partitioning
 from t5x import train as t5x_train
 from t5x import utils
+from tensorboard.backend.event_processing import event_accumulator
+import tensorflow as tf
 
 from dptrain.t5x_bridge import initial_state
 from dptrain.t5x_bridge import launch as launch_lib
@@ -42,18 +45,6 @@ from dptrain.training import evaluation
 TIMEOUT = 120
 
 
-@dataclasses.dataclass(frozen=True)
-class NamedQuickModel(small_run.QuickModel):
-  """A `QuickModel` with names for its axes."""
-
-  def logical_axes(self):
-    return {
-      "tokens": ("vocab", "embed"),
-      "positions": ("positions", "embed"),
-      "mix": ("embed", "mlp"),
-    }
-
-
 def make_run(model_dir, bert=None, **options):
   """`small_run.make_run`, evaluated when it is saved.
 
@@ -64,10 +55,9 @@ def make_run(model_dir, bert=None, **options):
     "evaluation", evaluation.EvaluationSettings(period, None, 16)
   )
   run = small_run.make_run(model_dir, **options)
-  model = (
-    NamedQuickModel(run.model.bert) if bert is None else small_run.model(**bert)
-  )
-  return dataclasses.replace(run, model=model)
+  if bert is None:
+    return run
+  return dataclasses.replace(run, model=small_run.model(**bert))
 
 
 def records(**options):
@@ -210,9 +200,23 @@ def assert_close(one, other, atol=1e-5):
   assert releases[0] == releases[1]
 
 
+def told(directory):
+  """The last figures that t5x wrote into a TensorBoard folder."""
+  events = event_accumulator.EventAccumulator(str(directory))
+  events.Reload()
+  return {
+    name: float(tf.make_ndarray(events.Tensors(name)[-1].tensor_proto))
+    for name in ("accuracy", "loss")
+  }
+
+
 def start(directory, **options):
+  return start_program(__file__, directory, json.dumps(options))
+
+
+def start_program(program, *arguments):
   return subprocess.Popen(
-    [sys.executable, __file__, str(directory), json.dumps(options)],
+    [sys.executable, program, *map(str, arguments)],
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
@@ -220,9 +224,21 @@ def start(directory, **options):
 
 
 def finish(*programs):
-  for program in programs:
-    told, _ = program.communicate(timeout=TIMEOUT)
-    assert program.returncode == 0, told
+  """What each of the programs said; all must end well."""
+  told = [program.communicate(timeout=TIMEOUT)[0] for program in programs]
+  for program, text in zip(programs, told, strict=True):
+    assert program.returncode == 0, text
+  return told
+
+
+def collectives(program):
+  """Counts the exchanges between devices in a compiled program."""
+  found = re.findall(
+    r"= .*? (all-reduce|all-gather|all-to-all|reduce-scatter|"
+    r"collective-permute)(?:-start)?\(",
+    program.as_text(),
+  )
+  return len(found)
 
 
 def wait_for(program, condition):
@@ -239,10 +255,23 @@ def num_releases(directory):
   return path.read_bytes().count(b'"release"') if path.exists() else 0
 
 
+class CountingTrainer(trainer.PrivateTrainer):
+  """Prints what its programs exchange."""
+
+  def compile_train(self, batch):
+    super().compile_train(batch)
+    programs = self._programs
+    print(
+      f"collectives: accumulate {collectives(programs.accumulate)},"
+      f" finish {collectives(programs.finish)}"
+    )
+
+
 def main():
   process = OPTIONS.pop("process", None)
   if process is not None:
     jax.distributed.initialize(*process)
+  trainer.PrivateTrainer = CountingTrainer
   train(sys.argv[1], **OPTIONS)
 
 

@@ -14,23 +14,11 @@ import small_launch
 from t5x import eval as t5x_eval
 from t5x import trainer as t5x_trainer
 from t5x import utils
-from tensorboard.backend.event_processing import event_accumulator
-import tensorflow as tf
 
 from dptrain.t5x_bridge import models
 from dptrain.t5x_bridge import validation
 from dptrain.training import evaluation
 from dptrain.training import objective
-
-
-def told(directory):
-  """The last figures that t5x wrote into a TensorBoard folder."""
-  events = event_accumulator.EventAccumulator(str(directory))
-  events.Reload()
-  return {
-    name: float(tf.make_ndarray(events.Tensors(name)[-1].tensor_proto))
-    for name in ("accuracy", "loss")
-  }
 
 
 @pytest.fixture
@@ -60,7 +48,7 @@ def test_evaluation_during_and_after_training(launched, evaluator, tmp_path):
   expected = thin.evaluate(nested(small_launch.params(state)))
   expected = {"accuracy": expected.accuracy, "loss": expected.loss}
 
-  during = told(launched / "training_eval" / validation.NAME)
+  during = small_launch.told(launched / "training_eval" / validation.NAME)
   assert during == pytest.approx(expected, rel=1e-5)
 
   masked = validation.joined(thin)
@@ -87,7 +75,7 @@ def test_evaluation_during_and_after_training(launched, evaluator, tmp_path):
       validation.get_datasets, masked=masked
     ),
   )
-  after = told(tmp_path / "training_eval" / validation.NAME)
+  after = small_launch.told(tmp_path / "training_eval" / validation.NAME)
   assert after == pytest.approx(during, rel=1e-6)
   path = tmp_path / "inference_eval" / f"{validation.NAME}-metrics.jsonl"
   (line,) = path.read_text().splitlines()

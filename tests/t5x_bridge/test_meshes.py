@@ -21,8 +21,14 @@ def one_device(begun, tmp_path_factory):
 
 @pytest.mark.parametrize("model_parallel", [1, 2])
 def test_eight_devices(one_device, copy, model_parallel):
-  small_launch.finish(small_launch.start(copy, devices=8, mesh=model_parallel))
+  (told,) = small_launch.finish(
+    small_launch.start(copy, devices=8, mesh=model_parallel)
+  )
   small_launch.assert_close(one_device, copy)
+  if model_parallel == 1:
+    # However many physical batches: they meet once per update.
+    assert "collectives: accumulate 0, finish" in told
+    assert "finish 0" not in told
 
 
 def test_two_processes(one_device, copy):
