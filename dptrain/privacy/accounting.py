@@ -32,9 +32,12 @@ RDP_ORDERS = tuple(
 # Enough to tell which noise to try first.
 FEW_RDP_ORDERS = (1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 12, 16, 32, 64, 256, 1024)
 
-# PLD time grows with segments / interval; fine grids only while that is quick.
-_FINE_INTERVAL, COARSE_INTERVAL = 1e-4, 1e-3
-_MAX_SEGMENTS_FOR_FINE = 8
+# Grids of PLD. On one of width i, T updates cost some T i^2 / epsilon more than
+# they should: half a per mille where i is `_GRID_SHARE` epsilon / sqrt(T).
+_INTERVALS = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+_GRID_SHARE = 0.01
+# Time grows with mechanisms / interval: many make do with a coarser grid.
+_MANY_MECHANISMS, _COARSER = 8, 3.0
 # Its memory grows with epsilon / interval, and nobody defends more than this.
 MAX_EPSILON_FOR_PLD = 50.0
 
@@ -157,7 +160,7 @@ def _bound(
   if not by_rdp <= MAX_EPSILON_FOR_PLD:
     note = f"PLD not computed: the RDP bound exceeds {MAX_EPSILON_FOR_PLD:g}"
     return Epsilon(by_rdp, "RDP", settings, by_rdp, None, note)
-  interval = pld_interval(composed, quick)
+  interval = pld_interval(composed, delta, relation, quick)
   by_pld = pld_bound(composed, delta, relation, interval)
   if by_pld < by_rdp:
     settings = f"discretisation interval {interval:g}"
@@ -192,10 +195,27 @@ def pld_bound(
   return float(losses.get_epsilon(delta))
 
 
-def pld_interval(composed: Sequence[Releases], quick: bool) -> float:
-  """The PLD grid that a bound is quoted with."""
-  fine = not quick and len(composed) <= _MAX_SEGMENTS_FOR_FINE
-  return _FINE_INTERVAL if fine else COARSE_INTERVAL
+@functools.lru_cache(maxsize=256)
+def pld_interval(
+  composed: tuple[Releases, ...],
+  delta: float,
+  relation: str,
+  quick: bool = False,
+) -> float:
+  """The PLD grid that a bound is quoted with, chosen from noise and updates.
+
+  Args:
+    composed: merged releases.
+    delta: of the bound.
+    relation: a key of `RELATIONS`.
+    quick: a coarser one.
+  """
+  size, _ = rdp_bound(composed, delta, relation, FEW_RDP_ORDERS)
+  wanted = _GRID_SHARE * size / math.sqrt(sum(r.count for r in composed))
+  if quick or len(composed) > _MANY_MECHANISMS:
+    wanted *= _COARSER
+  fitting = [interval for interval in _INTERVALS if interval <= wanted]
+  return max(fitting, default=_INTERVALS[0])
 
 
 def epsilon_without_amplification(
@@ -227,7 +247,7 @@ def _is_within(
     if rough <= budget:
       return True
     if rough <= MAX_EPSILON_FOR_PLD:
-      interval = pld_interval(composed, quick=False)
+      interval = pld_interval(composed, delta, relation)
       if pld_bound(composed, delta, relation, interval) <= budget:
         return True
   return epsilon(releases, delta, relation).value <= budget

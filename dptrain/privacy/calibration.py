@@ -38,18 +38,14 @@ def noise_multiplier(
     ValueError: no noise multiplier up to 10,000 reaches the budget.
   """
   search = _Search(tuple(batches), target_epsilon, delta, relation)
-  # RDP answers at once, PLD asks for less noise; as each of its answers takes
-  # long, it is not asked beyond the fourth decimal, and RDP no more.
-  root, bound = search.root_by_rdp(), search.quoted
-  if (
-    target_epsilon <= accounting.MAX_EPSILON_FOR_PLD
-    and search.excess(search.by_pld, root) <= 0
-  ):
-    root, bound = search.root_by_pld(root), search.by_pld
+  root = search.root_by_rdp()
+  if target_epsilon <= accounting.MAX_EPSILON_FOR_PLD:
+    # RDP answers at once, PLD asks for less noise.
+    root = search.root_by_pld(root)
 
   def fits(steps: int) -> bool:
     noise = round(steps * _NOISE_TOLERANCE, 4)
-    return noise > 0 and bound(noise) <= target_epsilon
+    return noise > 0 and search.quoted(noise) <= target_epsilon
 
   # The root is good to a few steps; what counts is the bound that is quoted.
   steps = max(1, round(math.exp(root) / _NOISE_TOLERANCE))
@@ -78,16 +74,6 @@ class _Search:
     """What `accounting.epsilon` says."""
     releases = self._releases(noise)
     return accounting.epsilon(releases, self.delta, self.relation).value
-
-  def by_pld(self, noise: float) -> float:
-    """By PLD on the grid that is quoted."""
-    releases = self._releases(noise)
-    return accounting.pld_bound(
-      releases,
-      self.delta,
-      self.relation,
-      accounting.pld_interval(releases, quick=False),
-    )
 
   def by_few_orders(self, noise: float) -> float:
     """By RDP, loosely."""
@@ -125,12 +111,26 @@ class _Search:
     return float(optimize.brentq(excess, low, high, xtol=10 * _NOISE_TOLERANCE))
 
   def root_by_pld(self, start: float) -> float:
-    """Log noise that is about enough by PLD, from one that is."""
-    step = self.excess(self.by_pld, start) / _USUAL_SLOPE
+    """Log noise that is about enough by PLD, from one that is by RDP."""
+    interval = accounting.pld_interval(
+      self._releases(math.exp(start)), self.delta, self.relation
+    )
+
+    def excess(log_noise: float) -> float:
+      return self.excess(
+        lambda noise: accounting.pld_bound(
+          self._releases(noise), self.delta, self.relation, interval
+        ),
+        log_noise,
+      )
+
+    gap = excess(start)
+    if gap > 0:
+      return start  # a coarse grid can lose to RDP
     found = optimize.root_scalar(
-      lambda log_noise: self.excess(self.by_pld, log_noise),
+      excess,
       x0=start,
-      x1=start + (step or -0.01),
+      x1=start + (gap / _USUAL_SLOPE or -0.01),
       xtol=10 * _NOISE_TOLERANCE,
       maxiter=12,
     )

@@ -68,7 +68,7 @@ def growth(
   """
   neighbouring = accounting.RELATIONS[relation]
   renyi = rdp.RdpAccountant(accounting.RDP_ORDERS, neighbouring)
-  losses = pld.PLDAccountant(neighbouring, accounting.COARSE_INTERVAL)
+  losses = _by_pld(releases, delta, relation)
   made = Growth([], [], [], [])
   before: list[accounting.Releases] = []
   for part in _pieces(releases):
@@ -87,18 +87,20 @@ def growth(
 
 
 def trade_off(
-  releases: Sequence[accounting.Releases], epsilon: float, relation: str
+  releases: Sequence[accounting.Releases],
+  epsilon: float,
+  delta: float,
+  relation: str,
 ) -> TradeOff:
   """Delta over epsilon, and errors of type I against errors of type II.
 
   Args:
     releases: everything released; not empty.
     epsilon: the quoted one; the curve reaches to twice that.
+    delta: at which it is quoted.
     relation: a key of `accounting.RELATIONS`.
   """
-  losses = pld.PLDAccountant(
-    accounting.RELATIONS[relation], accounting.COARSE_INTERVAL
-  )
+  losses = _by_pld(releases, delta, relation)
   losses.compose(accounting.event(releases))
   epsilons = np.linspace(0.0, 2 * epsilon, _NUM_EPSILONS)
   deltas = np.array([float(losses.get_delta(float(e))) for e in epsilons])
@@ -146,15 +148,26 @@ def group_epsilons(
     if None in found.values():
       found[size] = None  # larger groups cost more
       continue
-    losses = pld.PLDAccountant(
-      accounting.RELATIONS[relation], accounting.COARSE_INTERVAL * size
-    )
+    losses = _by_pld(few, delta, relation, size)
     for release in few:
       losses.compose(_of_group(release, size), release.count)
     value = float(losses.get_epsilon(delta))
     limit = accounting.MAX_EPSILON_FOR_PLD
     found[size] = value if value <= limit else None
   return found
+
+
+def _by_pld(
+  releases: Sequence[accounting.Releases],
+  delta: float,
+  relation: str,
+  coarser: int = 1,
+) -> pld.PLDAccountant:
+  """An empty accountant on a grid that fits the releases."""
+  grid = accounting.pld_interval(
+    tuple(accounting.merged(releases)), delta, relation, quick=True
+  )
+  return pld.PLDAccountant(accounting.RELATIONS[relation], coarser * grid)
 
 
 def _of_group(

@@ -89,7 +89,7 @@ def _figures(
   relation: str,
 ) -> list[str]:
   growth = curves.growth(releases, made.delta, relation)
-  trade = curves.trade_off(releases, made.epsilon.value, relation)
+  trade = curves.trade_off(releases, made.epsilon.value, made.delta, relation)
 
   def spent(axes: Any) -> None:
     axes.plot(growth.updates, growth.by_pld, label="PLD")

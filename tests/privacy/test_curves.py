@@ -25,7 +25,7 @@ def test_growth_ends_at_what_is_quoted():
 
 def test_the_trade_off_of_one_gaussian_is_the_closed_form():
   noise = 2.0
-  made = curves.trade_off([Releases(1, 1.0, noise)], 3.0, "zero_out")
+  made = curves.trade_off([Releases(1, 1.0, noise)], 3.0, DELTA, "zero_out")
   alarms = np.array(made.type_1)
   exact = stats.norm.cdf(stats.norm.ppf(1 - alarms) - 1 / noise)
   found = np.array(made.type_2)

@@ -188,7 +188,7 @@ def test_noise_or_a_budget_must_be_given():
 def test_calibrated_noise_keeps_the_whole_schedule_within_the_budget(
   monkeypatch,
 ):
-  monkeypatch.setattr(accounting, "_FINE_INTERVAL", 1e-3)  # quicker
+  monkeypatch.setattr(accounting, "_INTERVALS", (1e-3,))  # quicker
   schedule = BatchSchedule([Phase(10, 10, 20), Phase(40, 40, 50)])
   plan = make(schedule=schedule, noise_multiplier=None, target_epsilon=3.0)
   spent = accounting.epsilon(list(plan.releases()), 1e-6).value
