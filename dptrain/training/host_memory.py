@@ -1,8 +1,8 @@
 """The C library's allocator, told to keep what it has.
 
-XLA on CPU asks for its temporary memory at every call of a program. glibc takes
-blocks of more than 32 MB fresh from the system each time, which zeroes them page
-by page: for small models that is most of a step's time.
+XLA on CPU asks for temporary memory at every call of a program. glibc takes
+blocks of more than 32 MB fresh from the system each time, and the system zeroes
+them page by page: for small models that is much of a step's time.
 """
 
 import ctypes
