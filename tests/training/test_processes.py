@@ -65,7 +65,7 @@ def test_four_processes_and_a_model_axis(begun, stopped):
 
 
 def test_killed_interrupted_and_resumed_bit_for_bit(by_two, stopped):
-  """SIGTERM to one of them, then kill -9 of process 0."""
+  """Ctrl-C at one of them, kill -9 of process 0, a damaged checkpoint."""
 
   def go(condition):
     programs = together.train(stopped, 2, devices=2, period=3, **STEPS)
@@ -73,7 +73,7 @@ def test_killed_interrupted_and_resumed_bit_for_bit(by_two, stopped):
     return programs
 
   programs = go(lambda: together.num_releases(stopped) >= 3)
-  programs[1].terminate()
+  programs[1].send_signal(signal.SIGINT)
   ended = together.ended(programs)
   assert [status for status, _ in ended] == [130, 130], ended
   saved, _ = small_run.newest_state(stopped)
@@ -86,10 +86,14 @@ def test_killed_interrupted_and_resumed_bit_for_bit(by_two, stopped):
   ended = together.ended(programs)
   assert ended[0][0] == -signal.SIGKILL
   assert ended[1][0] != 0, "trained on without the process that writes down"
-  assert small_run.newest_state(stopped)[0] < 8
+  newest, _ = small_run.newest_state(stopped)
+  assert newest < 8
 
+  for path in (stopped / "checkpoints" / str(newest) / "state").rglob("d/*"):
+    path.write_bytes(path.read_bytes()[:-50])
   ended = together.ended(together.train(stopped, 2, devices=2, **STEPS))
   assert [status for status, _ in ended] == [0, 0], ended
+  assert f"checkpoint of update {newest} is damaged" in ended[0][1]
   small_run.assert_same(by_two, stopped)
 
 
