@@ -84,7 +84,7 @@ class Launch:
     self.plan = self.prepared.plan
     self.limit = self.plan.num_steps
     self.on_report: Callable[[float], None] = lambda _: None
-    self._branch = ""
+    self._branch = self._reported = ""
 
   def close(self) -> None:
     """Writes the last report and lets go of MODEL_DIR."""
@@ -182,8 +182,9 @@ class Launch:
 
   def write_report(self) -> None:
     """Rewrites the privacy report and tells `on_report` the epsilon in it."""
-    if not processes.is_first():
+    if not processes.is_first() or self._reported == self.ledger.head:
       return
+    self._reported = self.ledger.head
     try:
       report_lib.write_report(self.ledger, self.directory)
     except OSError as error:

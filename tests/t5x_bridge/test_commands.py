@@ -27,7 +27,7 @@ SETTINGS = {
   "RAMP_STEPS": 3,
   "TOTAL_STEPS": 4,
   "WARMUP_STEPS": 1,
-  "RAMP_SIZES": 2,
+  "RAMP_SIZES": 3,
   "TARGET_EPSILON": None,
   "plan.PrivacySettings.noise_multiplier": 2.0,
   "DELTA": 1e-4,
