@@ -44,8 +44,12 @@ def test_sum_and_noise_do_not_know_the_mesh():
   on_eight_devices("-k", "do_not_know_the_mesh")
 
 
-def test_all_else_on_eight_devices():
-  on_eight_devices("-k", "not do_not_know_the_mesh")
+def test_runs_go_on_on_another_mesh():
+  on_eight_devices("-k", "another_mesh")
+
+
+def test_updates_layouts_and_compiled_programs():
+  on_eight_devices("-k", "not another_mesh and not do_not_know_the_mesh")
 
 
 @pytest.mark.parametrize(
