@@ -257,7 +257,8 @@ def make_layout(settings: MeshSettings, model: Any) -> Layout | None:
 
   Args:
     settings: of the mesh.
-    model: `masked_lm.MaskedLanguageModel`, for names and shapes of parameters.
+    model: `masked_lm.MaskedLanguageModel`, for names and shapes of parameters;
+      those without a name are on every device.
 
   Returns:
     The layout; None if it is one device, which needs none.
@@ -273,30 +274,28 @@ def make_layout(settings: MeshSettings, model: Any) -> Layout | None:
   mesh = Mesh(np.array(devices[:total]).reshape(sizes), AXES)
   key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
   shapes = jax.eval_shape(model.init, key)
+  names = dict(
+    jax.tree_util.tree_leaves_with_path(
+      model.logical_axes(), is_leaf=lambda x: isinstance(x, tuple)
+    )
+  )
   whole: list[str] = []
 
-  def spec(path: Any, names: tuple[str | None, ...]) -> PartitionSpec:
-    shape = _at(shapes, path).shape
-    wanted = spmd.logical_to_mesh_axes(names, list(settings.rules)) or ()
+  def spec(path: Any, leaf: Any) -> PartitionSpec:
+    unnamed = (None,) * len(leaf.shape)
+    own = names.get(path, unnamed)
+    wanted = spmd.logical_to_mesh_axes(own, list(settings.rules)) or unnamed
     parts = []
-    for name, axis, length in zip(names, wanted, shape, strict=True):
+    for name, axis, length in zip(own, wanted, leaf.shape, strict=True):
       if axis is not None and length % mesh.shape[axis]:
         whole.append(f"{jax.tree_util.keystr(path)} {name}={length}")
         axis = None
       parts.append(axis)
     return PartitionSpec(*parts)
 
-  specs = jax.tree_util.tree_map_with_path(
-    spec, model.logical_axes(), is_leaf=lambda x: isinstance(x, tuple)
-  )
+  specs = jax.tree_util.tree_map_with_path(spec, shapes)
   return Layout(mesh, specs, tuple(whole))
 
 
 def _without_fsdp(spec: PartitionSpec) -> PartitionSpec:
   return PartitionSpec(*[None if axis == "fsdp" else axis for axis in spec])
-
-
-def _at(tree: Any, path: Any) -> Any:
-  for part in path:
-    tree = tree[part.key]
-  return tree

@@ -269,6 +269,20 @@ def test_what_the_mesh_does_not_divide_stays_whole():
   assert any("heads=2" in name for name in layout.whole)
 
 
+def test_a_parameter_without_names_is_on_every_device(update):
+  class Nameless(type(update.model)):
+    def logical_axes(self):
+      return {}
+
+  settings = mesh_lib.MeshSettings(model=2)
+  layout = mesh_lib.make_layout(settings, Nameless(update.model.bert))
+  specs = jax.tree.leaves(
+    layout.specs, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec)
+  )
+  assert len(specs) == len(jax.tree.leaves(update.params))
+  assert not any(axis for spec in specs for axis in spec)
+
+
 def test_the_state_of_any_optimizer_has_a_place(update):
   layout = layout_of(update, fsdp=8)
   for optimizer in (
