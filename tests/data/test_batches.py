@@ -38,6 +38,19 @@ def test_every_record_once_in_one_shape(indices, size):
   np.testing.assert_array_equal(ids, indices)
 
 
+@given(
+  count=st.integers(0, 20),
+  rows=st.lists(st.integers(0, 7), unique=True, min_size=1),
+)
+def test_a_process_builds_its_own_rows(count, rows):
+  whole = list(physical_batches(STORE, np.arange(count), 8))
+  own = list(physical_batches(STORE, np.arange(count), 8, np.array(rows)))
+  assert len(own) == len(whole)
+  for part, batch in zip(own, whole, strict=True):
+    for name, array in part.items():
+      np.testing.assert_array_equal(array, batch[name][rows])
+
+
 def test_batches_do_not_share_memory():
   first, second = physical_batches(STORE, np.arange(8), 4)
   for name in first:
