@@ -42,7 +42,7 @@ from dptrain.t5x_bridge import trainer
 from dptrain.t5x_bridge import validation
 from dptrain.training import evaluation
 
-TIMEOUT = 120
+TIMEOUT = 300
 
 
 def make_run(model_dir, bert=None, **options):

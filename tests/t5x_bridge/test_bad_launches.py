@@ -117,14 +117,6 @@ def test_a_ledger_that_was_rolled_back(copy):
     small_launch.train(copy)
 
 
-def test_a_mesh_that_does_not_divide_the_batch(tmp_path):
-  program = small_launch.start(tmp_path, devices=8, physical_batch_size=20)
-  told, _ = program.communicate(timeout=small_launch.TIMEOUT)
-  assert program.returncode
-  assert "Batch size (20) must be divisible by" in told
-  assert not small_run.ledger_lines(tmp_path, "release")
-
-
 def test_t5x_is_missing(monkeypatch):
   monkeypatch.setitem(sys.modules, "t5x.trainer", None)
   with pytest.raises(ImportError, match=r"needs t5x\.trainer, which cannot"):

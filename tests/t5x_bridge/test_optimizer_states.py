@@ -7,8 +7,7 @@ import pytest
 
 pytest.importorskip("t5x", reason="t5x is missing")
 
-import sharded_optimizers
-import small_launch
+import matrix_optimizer
 from t5x import optimizers as t5x_optimizers
 
 from dptrain.t5x_bridge import optimizers
@@ -53,7 +52,7 @@ def derived(transformation, state_axes=None):
       optax.adam(1e-3),
       {"dense": {"kernel": True, "bias": False}, "bias": False},
     ),
-    sharded_optimizers.matrices(1e-3),
+    matrix_optimizer.matrices(1e-3),
   ],
 )
 def test_states_of_all_kinds_get_axes(transformation):
@@ -81,7 +80,7 @@ def test_factored_moments_get_what_is_left():
 def test_vectors_and_matrices_get_one_axis():
   accumulators = derived(optax.sm3(1e-3))[0].mu["dense"]["kernel"]
   assert accumulators == [PartitionSpec("embed"), PartitionSpec("mlp")]
-  state = derived(sharded_optimizers.matrices(1e-3))
+  state = derived(matrix_optimizer.matrices(1e-3))
   assert state.left["dense"]["kernel"] == PartitionSpec("embed", None)
   assert state.right["dense"]["kernel"] == PartitionSpec("mlp", None)
 
@@ -90,7 +89,7 @@ def test_own_axes_win():
   def state_axes(path, shape):
     return ("blocks", None) if path.startswith("left/") else None
 
-  state = derived(sharded_optimizers.matrices(1e-3), state_axes)
+  state = derived(matrix_optimizer.matrices(1e-3), state_axes)
   assert state.left["dense"]["kernel"] == PartitionSpec("blocks", None)
   assert state.right["dense"]["kernel"] == PartitionSpec("mlp", None)
 
@@ -103,11 +102,3 @@ def test_a_parameter_is_found_by_its_whole_name():
   )
   assert optimizers.parameter_within(("0", "mu", "bias"), names) == ("bias",)
   assert optimizers.parameter_within(("0", "count"), names) is None
-
-
-def test_sharded_states_train_and_resume(tmp_path):
-  (told,) = small_launch.finish(
-    small_launch.start_program(sharded_optimizers.__file__, tmp_path)
-  )
-  for name in sharded_optimizers.OPTIMIZERS:
-    assert f"{name}: " in told
