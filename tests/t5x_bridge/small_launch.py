@@ -65,10 +65,9 @@ def records(**options):
 
 
 def partitioner(model_parallel=1):
-  shape = (1, 1, 1, 1) if model_parallel == 1 else (1, model_parallel)
   return partitioning.PjitPartitioner(
     num_partitions=None,
-    model_parallel_submesh=shape,
+    model_parallel_submesh=(1, model_parallel, 1, 1),
     logical_axis_rules=partitioning.standard_logical_axis_rules(
       additional_rules=[("positions", None)]
     ),

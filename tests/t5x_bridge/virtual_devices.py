@@ -1,8 +1,8 @@
 """What needs 8 devices, in one program: importing t5x takes longer than this.
 
-`python virtual_devices.py BEGUN OUT`: goes on from MODEL_DIR `BEGUN` on
-meshes of 8 x 1 and 4 x 2, is refused a batch that 8 does not divide, and trains, saves and
-restores optimizer states of many shapes on 4 x 2.
+`python virtual_devices.py BEGUN OUT`: goes on from MODEL_DIR `BEGUN` on meshes
+of 8 x 1 and 4 x 2, is refused a batch that 8 does not divide, and trains, saves
+and restores optimizer states of many shapes on 4 x 2.
 """
 
 import dataclasses
