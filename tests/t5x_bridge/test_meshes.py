@@ -22,34 +22,25 @@ def one_device(begun, tmp_path_factory):
   return directory
 
 
-@pytest.fixture(scope="module")
-def eight(begun, tmp_path_factory):
-  """Folder and words of `virtual_devices.py`."""
-  out = tmp_path_factory.mktemp("eight")
-  program = small_launch.start_program(virtual_devices.__file__, begun, out)
+def test_eight_devices(one_device, begun, tmp_path):
+  # One test, since workers would each make what several tests share.
+  program = small_launch.start_program(
+    virtual_devices.__file__, begun, tmp_path
+  )
   (told,) = small_launch.finish(program)
-  return out, told
+  for model_parallel in (1, 2):
+    directory = tmp_path / f"model_{model_parallel}"
+    small_launch.assert_close(one_device, directory)
 
-
-@pytest.mark.parametrize("model_parallel", [1, 2])
-def test_eight_devices(one_device, eight, model_parallel):
-  small_launch.assert_close(one_device, eight[0] / f"model_{model_parallel}")
-
-
-def test_physical_batches_exchange_nothing(eight):
-  first = re.search(r"collectives: accumulate (\d+), finish (\d+)", eight[1])
   # On 8 x 1: however many physical batches, they meet once per update.
+  first = re.search(r"collectives: accumulate (\d+), finish (\d+)", told)
   assert int(first[1]) == 0
   assert int(first[2]) > 0
 
+  assert "refused: Batch size (20) must be divisible by" in told
+  assert not small_run.ledger_lines(tmp_path / "refused", "release")
 
-def test_a_mesh_that_does_not_divide_the_batch(eight):
-  assert "refused: Batch size (20) must be divisible by" in eight[1]
-  assert not small_run.ledger_lines(eight[0] / "refused", "release")
-
-
-def test_states_of_many_shapes_are_split_saved_and_restored(eight):
-  split = re.findall(r"state \d: (\d+) arrays split", eight[1])
+  split = re.findall(r"state \d: (\d+) arrays split", told)
   assert [int(number) > 0 for number in split] == [True] * 3
 
 
