@@ -71,6 +71,7 @@ def growth(
   losses = _by_pld(releases, delta, relation)
   made = Growth([], [], [], [])
   before: list[accounting.Releases] = []
+  safe = accounting.delta_for_pld(releases, delta)
   for part in _pieces(releases):
     event = accounting.event([part])
     with accounting.without_order_warnings():
@@ -79,7 +80,7 @@ def growth(
     before.append(part)
     made.updates.append(sum(r.count for r in before))
     made.by_rdp.append(float(renyi.get_epsilon(delta)))
-    made.by_pld.append(float(losses.get_epsilon(delta)))
+    made.by_pld.append(float(losses.get_epsilon(safe)))
     made.unamplified.append(
       accounting.epsilon_without_amplification(before, delta)
     )
@@ -143,6 +144,7 @@ def group_epsilons(
     `accounting.MAX_EPSILON_FOR_PLD`.
   """
   few = _rounded_up(releases)
+  safe = accounting.delta_for_pld(releases, delta)
   found: dict[int, float | None] = {}
   for size in sizes:
     if None in found.values():
@@ -151,7 +153,7 @@ def group_epsilons(
     losses = _by_pld(few, delta, relation, size)
     for release in few:
       losses.compose(_of_group(release, size), release.count)
-    value = float(losses.get_epsilon(delta))
+    value = float(losses.get_epsilon(safe))
     limit = accounting.MAX_EPSILON_FOR_PLD
     found[size] = value if value <= limit else None
   return found

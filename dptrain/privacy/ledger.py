@@ -163,6 +163,20 @@ class Ledger:
             " lost."
           )
 
+  def check_not_lost(self) -> None:
+    """Refuses a MODEL_DIR that has checkpoints, of any loop, but no ledger.
+
+    Raises:
+      LedgerError: what was released is unknown.
+    """
+    folder = self.path.parent
+    found = ("checkpoints/[0-9]*", "checkpoint_[0-9]*")
+    if not self.header and any(any(folder.glob(name)) for name in found):
+      raise LedgerError(
+        f"{folder} has checkpoints but no ledger ({self.path.name}): what was"
+        " released is unknown. Restore the ledger, or start in a new MODEL_DIR."
+      )
+
   # --- writing -------------------------------------------------------------
 
   def start(
@@ -216,6 +230,7 @@ class Ledger:
     lineage: str,
     environment: str,
     state: str = "",
+    intact: bool = True,
   ) -> Branch:
     """The branch on which training goes on from a checkpoint.
 
@@ -226,6 +241,7 @@ class Ledger:
       environment: what may change their rounding.
       state: digest of the arrays that a new branch would start from, which may
         hold settings (a learning rate, say) that no program shows.
+      intact: whether these arrays are those that the checkpoint was made of.
 
     Returns:
       The checkpoint's own branch if continuing it repeats what it released or
@@ -245,6 +261,7 @@ class Ledger:
       branch is None
       or branch.lineage != lineage
       or not self._repeats_exactly(branch.name, checkpoint_step, environment)
+      or (not intact and self.last_step(branch.name) >= checkpoint_step)
     ):
       branch = self._fork(
         checkpoint_branch, checkpoint_step, lineage, environment, state

@@ -114,6 +114,7 @@ def make_joint_report(
     name: report_lib.make_report(ledger) for name, ledger in ledgers.items()
   }
   _check_alike(reports, disjoint)
+  _check_no_copies(ledgers)
   some = next(iter(reports.values()))
   relation = some.plan["relation"]
   delta = max(report.delta for report in reports.values())
@@ -160,6 +161,19 @@ def _check_alike(
           f"{name} and {first} cannot be composed: {key} is {here!r} in one and"
           f" {there!r} in the other{way_out}."
         )
+
+
+def _check_no_copies(ledgers: Mapping[str, ledger_lib.Ledger]) -> None:
+  """Raises LedgerError if two runs share a seed, and maybe their noise."""
+  by_seed: dict[str, str] = {}
+  for name, ledger in ledgers.items():
+    before = by_seed.setdefault(ledger.header["seed"], name)
+    if before != name:
+      raise ledger_lib.LedgerError(
+        f"{name} and {before} are copies of one MODEL_DIR, or share their"
+        " secret seed: their noise may be the same, and no composition covers"
+        " that. Report only runs that started in a MODEL_DIR of their own."
+      )
 
 
 def _plain(value: float) -> Any:

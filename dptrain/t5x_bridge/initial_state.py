@@ -30,9 +30,7 @@ class SeededInitializer(utils.TrainStateInitializer):
     """The train state before the first update; `init_rng` is not read."""
     del init_rng
     state = self._launch.prepared.initial_state()
-    slot = optimizers.PrivateState(
-      state["opt_state"], launch_lib.NO_DIGEST, launch_lib.NO_DIGEST
-    )
+    slot = optimizers.fresh_state(state["opt_state"])
     whole = self.global_train_state_shape.restore_state(
       {
         "target": state["params"],

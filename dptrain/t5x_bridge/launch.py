@@ -78,6 +78,10 @@ class Launch:
       self.ledger, self.prepared = processes.in_turn(
         lambda: self._opened(records)
       )
+      processes.check_equal(
+        "vocabulary, model, optimizer or code",
+        {"lineage": self.prepared.lineage},
+      )
     except BaseException:
       self._stack.close()
       raise
@@ -100,6 +104,8 @@ class Launch:
     ledger_head: Bytes,
     state: dict[str, Any],
     mesh: str = "",
+    *,
+    intact: bool = True,
   ) -> int:
     """Opens the branch on which training goes on, as the thin loop does.
 
@@ -112,6 +118,7 @@ class Launch:
       state: "params", and "opt_state" that `PrivateStep.init` or `finish`
         returned.
       mesh: how devices are arranged, in words; empty for one device.
+      intact: whether the arrays are bit for bit those that were saved.
 
     Returns:
       Updates that may be made in all.
@@ -145,10 +152,17 @@ class Launch:
         lineage=self.prepared.lineage,
         environment=environment,
         state=digest,
+        intact=fresh or intact,
       ).name
       return name, self._last_affordable(step, name)
 
     self._branch, self.limit = processes.first(opened)
+    if not (fresh or intact):
+      progress.say(
+        f"the checkpoint of update {step} was saved or restored in another"
+        " form (a dtype, a transformation): updates that the ledger already has"
+        " would not be repeated exactly, and so are made and priced anew"
+      )
     if self.limit < self.plan.num_steps:
       progress.say(
         f"the budget, epsilon {self.plan.target_epsilon:g}, allows"
@@ -202,20 +216,12 @@ class Launch:
     """The ledger, which only process 0 writes, and all that is read."""
     if processes.is_first():
       ledger = self._stack.enter_context(ledger_lib.opened(self.directory))
-      self._check_ledger_is_there(ledger)
+      ledger.check_not_lost()
     else:
       ledger = ledger_lib.read(self.directory)
     return ledger, preparation_lib.prepare(
       self.run, self.directory, ledger, records
     )
-
-  def _check_ledger_is_there(self, ledger: ledger_lib.Ledger) -> None:
-    if not ledger.header and any(self.directory.glob("checkpoint_[0-9]*")):
-      raise ledger_lib.LedgerError(
-        f"{self.directory} has checkpoints but no ledger"
-        f" ({ledger.path.name}): what was released is unknown. Restore the"
-        " ledger, or start in a new MODEL_DIR."
-      )
 
   def _check_line(self, ledger_head: Bytes, step: int) -> None:
     wanted = ledger_head.tobytes().hex()

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from t5x import optimizers
 
+from dptrain.t5x_bridge import fingerprint
 from dptrain.t5x_bridge import launch as launch_lib
 
 Path = tuple[str, ...]
@@ -156,11 +157,24 @@ class PrivateState(NamedTuple):
       launch has opened one.
     ledger_head: uint8 [32], hash of the ledger's last line when this state was
       made; zeros as above.
+    fingerprint: uint32 [4], of parameters and `step_state` when they were made.
   """
 
   step_state: Any
   branch: Any
   ledger_head: Any
+  fingerprint: Any
+
+
+def fresh_state(step_state: Any) -> PrivateState:
+  """What stands in the optimizer's place before a launch has opened a branch.
+
+  Args:
+    step_state: what `PrivateStep.init` returns.
+  """
+  none = launch_lib.NO_DIGEST
+  words = np.zeros(fingerprint.WORDS, np.uint32)
+  return PrivateState(step_state, none.copy(), none.copy(), words)
 
 
 def private_state(train_state: Any) -> PrivateState:
@@ -192,10 +206,7 @@ class PrivateOptimizer(OptaxWrapper):
     """Takes the optimizer of the launch's run."""
 
     def init(params: Any) -> PrivateState:
-      empty = np.zeros_like(launch_lib.NO_DIGEST)
-      return PrivateState(
-        launch.prepared.step.init(params), empty, empty.copy()
-      )
+      return fresh_state(launch.prepared.step.init(params))
 
     super().__init__(optax.GradientTransformation(init, _no_update), state_axes)
 

@@ -18,6 +18,7 @@ import numpy as np
 from t5x import metrics as t5x_metrics
 from t5x import trainer as t5x_trainer
 
+from dptrain.t5x_bridge import fingerprint
 from dptrain.t5x_bridge import initial_state
 from dptrain.t5x_bridge import launch as launch_lib
 from dptrain.t5x_bridge import optimizers
@@ -70,6 +71,7 @@ class PrivateTrainer(t5x_trainer.BaseTrainer):
         "opt_state": slot.step_state,
       },
       self._programs.mesh_in_words(),
+      intact=self._programs.is_intact(self.train_state),
     )
     self._step = step
     launch.on_report = self._log_epsilon
@@ -173,7 +175,7 @@ class PrivateTrainer(t5x_trainer.BaseTrainer):
       )
     branch, ledger_head = launch.record(step)
     release = launch.plan.release(step)
-    return programs.finish(
+    state, statistics = programs.finish(
       state,
       accumulator,
       _Update(
@@ -184,6 +186,7 @@ class PrivateTrainer(t5x_trainer.BaseTrainer):
         ledger_head,
       ),
     )
+    return programs.marked(state), statistics
 
   def _metrics(
     self, statistics: Mapping[str, jax.Array]
@@ -269,6 +272,9 @@ class _Programs:
     self.finish = jax.jit(
       self._finish, out_shardings=(self._states, everywhere)
     )
+    # A program of its own: within another, a compiler may compute an array
+    # twice, and not to the same bit.
+    self.fingerprint = jax.jit(_fingerprint, out_shardings=everywhere)
 
   def mesh_in_words(self) -> str:
     """What may change an update's rounding; empty for one device."""
@@ -282,6 +288,22 @@ class _Programs:
       )
     ]
     return f"{dict(mesh.shape)} {' '.join(specs)}"
+
+  def marked(self, state: Any) -> Any:
+    """The state with the fingerprint of its arrays in it."""
+    slot = optimizers.private_state(state)
+    slot = slot._replace(fingerprint=self.fingerprint(state))
+    optimizer = state._optimizer
+    return state.replace(
+      _optimizer=optimizer.replace(
+        state=optimizer.state.replace(param_states=slot)
+      )
+    )
+
+  def is_intact(self, state: Any) -> bool:
+    """Whether the arrays are those of which the fingerprint was taken."""
+    told = _local(optimizers.private_state(state).fingerprint)
+    return bool(np.array_equal(told, _local(self.fingerprint(state))))
 
   def on_mesh(self, rows: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """A global batch [B, ...] from the rows of this process."""
@@ -341,8 +363,10 @@ class _Programs:
       noise_multiplier=update.noise_multiplier,
       expected_batch_size=update.expected_batch_size,
     )
-    slot = optimizers.PrivateState(
-      step_state, update.branch, update.ledger_head
+    slot = state.param_states._replace(
+      step_state=step_state,
+      branch=update.branch,
+      ledger_head=update.ledger_head,
     )
     state = state.restore_state(
       {
@@ -399,6 +423,11 @@ def _check_batches(batch_iter: Iterator[Any]) -> None:
       " train.get_dataset_fn = @poisson_batches.get_dataset"
       " (dptrain.t5x_bridge)."
     )
+
+
+def _fingerprint(state: Any) -> jax.Array:
+  slot = state.param_states
+  return fingerprint.fingerprint((state.params, slot.step_state))
 
 
 def _typed(words: jax.Array) -> jax.Array:

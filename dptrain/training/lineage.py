@@ -6,7 +6,8 @@ data, the compiled programs (model, loss, clipping, optimizer and its learning
 rates), and dptrain's own code; all of it read from what will really run.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -27,6 +28,7 @@ _NUMERIC_FLAGS = (
   "XLA_FLAGS",
   "NVIDIA_TF32_OVERRIDE",
   "CUBLAS_WORKSPACE_CONFIG",
+  "LIBTPU_INIT_ARGS",
 )
 _CPU_LINES = ("model name", "flags", "Features")
 
@@ -83,7 +85,7 @@ def environment(
     "devices": [device.device_kind for device in jax.devices()],
     "processes": jax.process_count(),
     "mesh": mesh,
-    "machine": [platform.machine(), os.cpu_count(), _cpu_features()],
+    "machine": [platform.machine(), _processors(), _cpu_features()],
     "flags": [os.environ.get(name, "") for name in _NUMERIC_FLAGS],
     "versions": _numeric_packages(),
   }
@@ -121,6 +123,14 @@ def program_digest(
     lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), batch
   )
   step = dataclasses.replace(step, microbatch_size=None)
+  with _constants_in_text():
+    return _digest("\n".join(_texts(step, params, opt_state, one)))
+
+
+def _texts(
+  step: step_lib.PrivateStep, params: Any, opt_state: Any, one: Any
+) -> list[str]:
+  """The step's programs for a batch `one` of one row."""
   key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
   scalar = jax.ShapeDtypeStruct((), "float32")
   accumulator = jax.eval_shape(step.zeros, params, one, opt_state)
@@ -133,11 +143,31 @@ def program_digest(
     noise_multiplier=scalar,
     expected_batch_size=scalar,
   )
-  texts = [
+  return [
     traced.lower(lowering_platforms=("cpu",)).as_text()
     for traced in (accumulate, finish)
   ]
-  return _digest("\n".join(texts))
+
+
+@contextlib.contextmanager
+def _constants_in_text() -> Iterator[None]:
+  """Keeps jax from passing large constants to a program beside its text."""
+  name = "jax_use_simplified_jaxpr_constants"
+  before = jax.config.values.get(name)
+  if before:
+    jax.config.update(name, False)
+  try:
+    yield
+  finally:
+    if before:
+      jax.config.update(name, before)
+
+
+def _processors() -> list[int | None]:
+  """How many there are, and how many this process may use: threads follow."""
+  if not hasattr(os, "sched_getaffinity"):
+    return [os.cpu_count()]
+  return [os.cpu_count(), len(os.sched_getaffinity(0))]
 
 
 @functools.cache

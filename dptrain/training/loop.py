@@ -67,7 +67,7 @@ def train(
     def prepare() -> tuple[ledger_lib.Ledger, preparation_lib.Preparation]:
       if processes.is_first():
         ledger = stack.enter_context(ledger_lib.opened(directory))
-        _check_ledger_is_there(ledger, directory)
+        ledger.check_not_lost()
       else:
         ledger = ledger_lib.read(directory)
       prepared = preparation_lib.prepare(
@@ -95,17 +95,6 @@ def _checked_layout(run: run_lib.TrainingRun) -> mesh_lib.Layout | None:
       run.microbatch_size,
     )
   return layout
-
-
-def _check_ledger_is_there(
-  ledger: ledger_lib.Ledger, directory: pathlib.Path
-) -> None:
-  if not ledger.header and any(directory.glob("checkpoints/[0-9]*")):
-    raise ledger_lib.LedgerError(
-      f"{directory} has checkpoints but no ledger ({ledger.path.name}): what"
-      " was released is unknown. Restore the ledger, or start in a new"
-      " MODEL_DIR."
-    )
 
 
 class _Loop:

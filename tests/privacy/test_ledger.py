@@ -384,6 +384,38 @@ def test_another_environment_forks_where_it_would_repeat(sessions, tmp_path):
   assert sum(counts) == 10 + 3 + 7
 
 
+def test_changed_arrays_fork_where_they_would_repeat(sessions, tmp_path):
+  root = sessions("", 0, 10, "a")
+
+  def branch(step, state, intact):
+    with ledger_lib.opened(tmp_path) as ledger:
+      return ledger.open_branch(
+        checkpoint_branch=root,
+        checkpoint_step=step,
+        lineage="l",
+        environment="a",
+        state=state,
+        intact=intact,
+      ).name
+
+  assert branch(8, "saved", True) == root
+  assert branch(10, "cast", False) == root  # nothing is repeated
+  fork = branch(8, "cast", False)
+  assert fork != root
+  assert branch(8, "cast", False) == fork
+  assert branch(8, "cast otherwise", False) not in (root, fork)
+
+
+@pytest.mark.parametrize("name", ["checkpoints/4", "checkpoint_4"])
+def test_checkpoints_of_either_loop_need_their_ledger(tmp_path, name):
+  (tmp_path / name).mkdir(parents=True)
+  with (
+    ledger_lib.opened(tmp_path) as ledger,
+    pytest.raises(ledger_lib.LedgerError, match="checkpoints but no ledger"),
+  ):
+    ledger.check_not_lost()
+
+
 def test_an_environment_repeats_only_what_it_made(sessions):
   root = sessions("", 0, 10, "a")
   sessions(root, 10, 13, "b")

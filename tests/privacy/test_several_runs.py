@@ -13,14 +13,28 @@ from dptrain.privacy import several_runs
 from dptrain.privacy.accounting import Releases
 
 
-def run(folder, *, batch=50, size=1000, steps=10, delta=1e-5, fixed_seed=False):
+def run(
+  folder,
+  *,
+  batch=50,
+  size=1000,
+  steps=10,
+  delta=1e-5,
+  seed="",
+  fixed_seed=False,
+):
   folder.mkdir()
   settings = plan_lib.PrivacySettings(
     schedule=schedule.constant(batch, steps), delta=delta, noise_multiplier=1.5
   )
   with ledger_lib.opened(folder) as ledger:
     plan = plan_lib.make_plan(settings, size)
-    ledger.start(plan, corpus=folder.name, seed="s", fixed_seed=fixed_seed)
+    ledger.start(
+      plan,
+      corpus=folder.name,
+      seed=seed or folder.name,
+      fixed_seed=fixed_seed,
+    )
     branch = ledger.open_branch(
       checkpoint_branch="", checkpoint_step=0, lineage="l", environment="e"
     )
@@ -58,6 +72,15 @@ def test_corpora_of_different_sizes_are_not_one(tmp_path):
     match=r"b and a cannot be composed: num_examples is 500 .* --disjoint",
   ):
     several_runs.make_joint_report(ledgers)
+
+
+@pytest.mark.parametrize("disjoint", [True, False])
+def test_copies_of_one_model_dir_are_refused(tmp_path, disjoint):
+  ledgers = {name: run(tmp_path / name, seed="same") for name in "ab"}
+  with pytest.raises(
+    ledger_lib.LedgerError, match=r"b and a are copies of one MODEL_DIR"
+  ):
+    several_runs.make_joint_report(ledgers, disjoint=disjoint)
 
 
 def test_one_fixed_seed_ends_the_claim(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -57,6 +58,24 @@ def test_an_interrupt_saves_and_the_next_launch_goes_on(
   assert small_launch.newest_state(tmp_path)[0] == 3
   small_launch.train(tmp_path)
   small_launch.assert_same(launched, tmp_path)
+
+
+def test_a_checkpoint_that_was_cast_is_not_repeated_under_the_same_noise(
+  tmp_path,
+):
+  for _ in range(2):
+    run = small_launch.make_run(tmp_path)
+    launch = launch_lib.Launch(run, small_launch.records())
+    arguments = small_launch.arguments(launch, total_steps=4)
+    arguments["checkpoint_cfg"].save.dtype = "bfloat16"
+    try:
+      small_launch.t5x_train.train(**arguments)
+    finally:
+      launch.close()
+    shutil.rmtree(tmp_path / "checkpoint_4")
+  # The second launch began at update 2, on arrays that nobody had before.
+  assert releases(tmp_path) == [0, 1, 2, 3, 2, 3]
+  assert len(small_run.ledger_lines(tmp_path, "branch")) == 2
 
 
 def test_the_clip_norm_may_adapt(tmp_path):
