@@ -211,7 +211,7 @@ class PrivateTrainer(t5x_trainer.BaseTrainer):
 
   @property
   def _partitioned_train_step(self) -> Any:
-    raise NotImplementedError("an update is more than one program: see train")
+    raise RuntimeError("an update is more than one program: see train")
 
   @property
   def _partitioned_eval_step(self) -> Any:

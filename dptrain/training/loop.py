@@ -372,12 +372,15 @@ class _EpsilonMeter:
     self._cost, self._at = 0.0, -float("inf")
 
   def __call__(self, ledger: ledger_lib.Ledger, now: bool) -> float | None:
-    """What `ledger` costs; None if it is too early to ask, unless `now`."""
+    """What `ledger` costs; None if it is too early to ask, unless `now`.
+
+    By a coarse grid, unless `now`: then what the report will say.
+    """
     begin = time.monotonic()
     if not now and begin - self._at < 20 * self._cost:
       return None
     value = accounting.epsilon(
-      ledger.releases(), self._delta, self._relation, quick=True
+      ledger.releases(), self._delta, self._relation, quick=not now
     ).value
     self._at = time.monotonic()
     self._cost = self._at - begin
