@@ -203,13 +203,18 @@ def pld_bound(
   return float(losses.get_epsilon(asked))
 
 
-def delta_for_pld(composed: Sequence[Releases], delta: float) -> float:
-  """What to ask PLD for, so that `delta` holds; 0 if it cannot be asked.
+def pld_error(composed: Sequence[Releases]) -> float:
+  """By how much a delta of PLD may be too small.
 
   dp-accounting composes by Fourier transforms, whose rounding is an absolute
-  error of delta that grows with the number of updates: it is taken off.
+  error of delta that grows with the number of updates.
   """
-  error = _PLD_ERROR * sum(r.count for r in composed)
+  return _PLD_ERROR * sum(r.count for r in composed)
+
+
+def delta_for_pld(composed: Sequence[Releases], delta: float) -> float:
+  """What to ask PLD for, so that `delta` holds; 0 if it cannot be asked."""
+  error = pld_error(composed)
   return delta - error if delta > 2 * error else 0.0
 
 

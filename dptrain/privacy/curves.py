@@ -105,6 +105,7 @@ def trade_off(
   losses.compose(accounting.event(releases))
   epsilons = np.linspace(0.0, 2 * epsilon, _NUM_EPSILONS)
   deltas = np.array([float(losses.get_delta(float(e))) for e in epsilons])
+  deltas = np.minimum(deltas + accounting.pld_error(releases), 1.0)
   alarms = np.concatenate(
     [np.geomspace(1e-4, 0.1, 40), np.linspace(0.1, 1, 50)]
   )

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 import numpy.typing as npt
 
-from dptrain.privacy import accounting
+from dptrain.privacy import budget
 from dptrain.privacy import ledger as ledger_lib
 from dptrain.privacy import report as report_lib
 from dptrain.training import checkpoints as checkpoints_lib
@@ -154,7 +154,7 @@ class Launch:
         state=digest,
         intact=fresh or intact,
       ).name
-      return name, self._last_affordable(step, name)
+      return name, budget.last_affordable(self.plan, self.ledger, name, step)
 
     self._branch, self.limit = processes.first(opened)
     if not (fresh or intact):
@@ -198,15 +198,9 @@ class Launch:
     """Rewrites the privacy report and tells `on_report` the epsilon in it."""
     if not processes.is_first() or self._reported == self.ledger.head:
       return
-    self._reported = self.ledger.head
-    try:
-      report_lib.write_report(self.ledger, self.directory)
-    except OSError as error:
-      progress.say(
-        f"the privacy report could not be written ({error}); training goes on,"
-        f" and `dptrain report {self.directory}` can make it from the ledger"
-      )
+    if not progress.write_report(self.ledger, self.directory):
       return
+    self._reported = self.ledger.head
     told = json.loads((self.directory / report_lib.JSON_FILE).read_bytes())
     self.on_report(float(told["epsilon"]["value"]))
 
@@ -232,18 +226,6 @@ class Launch:
       f"{self.ledger.path} lacks a line that was in it when the checkpoint of"
       f" update {step} was made: the ledger was rolled back. Restore the newest"
       " copy of it; without it the guarantee is lost."
-    )
-
-  def _last_affordable(self, step: int, branch: str) -> int:
-    if self.plan.target_epsilon is None:
-      return self.plan.num_steps
-    written = max(step, self.ledger.last_step(branch) + 1)
-    return written + accounting.affordable_steps(
-      self.ledger.releases(),
-      list(self.plan.releases(written)),
-      self.plan.target_epsilon,
-      self.plan.delta,
-      self.plan.relation,
     )
 
 

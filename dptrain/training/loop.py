@@ -12,6 +12,7 @@ import numpy as np
 
 from dptrain.data import batches
 from dptrain.privacy import accounting
+from dptrain.privacy import budget
 from dptrain.privacy import ledger as ledger_lib
 from dptrain.privacy import report as report_lib
 from dptrain.privacy import sampling
@@ -129,7 +130,11 @@ class _Loop:
       ) as checkpoints,
     ):
       step, state = self._restore(checkpoints)
-      limit = processes.first(lambda: self._last_affordable(step))
+      limit = processes.first(
+        lambda: budget.last_affordable(
+          self.plan, self.ledger, self.branch.name, step
+        )
+      )
       self.limit = limit
       progress = progress_lib.Progress(
         self.directory if self.run.tensorboard else None,
@@ -192,19 +197,6 @@ class _Loop:
 
     self.branch = ledger_lib.Branch(**processes.first(open_branch))
     return step, state
-
-  def _last_affordable(self, step: int) -> int:
-    """Updates that may be made before the budget is spent."""
-    if self.plan.target_epsilon is None:
-      return self.plan.num_steps
-    written = max(step, self.ledger.last_step(self.branch.name) + 1)
-    return written + accounting.affordable_steps(
-      self.ledger.releases(),
-      list(self.plan.releases(written)),
-      self.plan.target_epsilon,
-      self.plan.delta,
-      self.plan.relation,
-    )
 
   def _update(self, step: int, state: Any) -> tuple[int, Any, Any]:
     """One update: the only road from private examples to parameters."""
@@ -326,13 +318,7 @@ class _Loop:
     )
     if not processes.is_first():
       return
-    try:
-      report_lib.write_report(self.ledger, self.directory)
-    except OSError as error:
-      progress_lib.say(
-        f"the privacy report could not be written ({error}); training goes on,"
-        f" and `dptrain report {self.directory}` can make it from the ledger"
-      )
+    progress_lib.write_report(self.ledger, self.directory)
 
   def _result(self, step: int, state: Any) -> run_lib.TrainingResult:
     if self.evaluation is None and self.prepared.evaluator:

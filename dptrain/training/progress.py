@@ -7,6 +7,7 @@ from typing import Any
 
 import tqdm
 
+from dptrain.privacy import ledger as ledger_lib
 from dptrain.privacy import report
 from dptrain.training import processes
 from dptrain.training import run as run_lib
@@ -90,6 +91,27 @@ def say(text: str) -> None:
   """Prints a line on stderr, above the bar if there is one; once for all."""
   if processes.is_first():
     tqdm.tqdm.write(text, file=sys.stderr)
+
+
+def write_report(ledger: ledger_lib.Ledger, directory: pathlib.Path) -> bool:
+  """Rewrites the privacy report; a full disk is told and ends nothing.
+
+  Args:
+    ledger: of MODEL_DIR.
+    directory: MODEL_DIR.
+
+  Returns:
+    Whether it is written.
+  """
+  try:
+    report.write_report(ledger, directory)
+  except OSError as error:
+    say(
+      f"the privacy report could not be written ({error}); training goes on,"
+      f" and `dptrain report {directory}` can make it from the ledger"
+    )
+    return False
+  return True
 
 
 def summary(

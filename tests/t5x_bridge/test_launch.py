@@ -12,7 +12,9 @@ pytest.importorskip("t5x", reason="t5x is missing")
 import small_launch
 import small_run
 
+from dptrain.t5x_bridge import launch as launch_lib
 from dptrain.training import loop
+from dptrain.training import processes
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +66,23 @@ def test_killed_in_mid_run(launched, tmp_path):
   program.communicate()
   small_launch.train(tmp_path)
   small_launch.assert_same(launched, tmp_path)
+
+
+def test_processes_of_a_launch_compare_what_decides_the_updates(
+  tmp_path, monkeypatch
+):
+  # Another numpy would draw another sample, and records would count twice.
+  told = {}
+
+  def differs(what, parts):
+    told.update(parts)
+    if "lineage" in parts:
+      raise ValueError(f"process 1 has other {what}")
+
+  monkeypatch.setattr(processes, "check_equal", differs)
+  run = small_launch.make_run(tmp_path)
+  with pytest.raises(ValueError, match=r"process 1 has other .* code"):
+    launch_lib.Launch(run, small_launch.records())
+  assert len(told["lineage"]) == 64
+  monkeypatch.undo()
+  launch_lib.Launch(run, small_launch.records()).close()  # it was let go of
