@@ -12,6 +12,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   if argv is None:
     argv = sys.argv[1:]
   arguments = _parser().parse_args(_with_bindings(argv))
+  arguments.as_typed = ["dptrain", *argv]
   try:
     return int(arguments.command(arguments))
   except KeyboardInterrupt:
@@ -62,6 +63,11 @@ def _plan(arguments: argparse.Namespace) -> int:
   from dptrain import planning
 
   made = planning.forecast(arguments)
+  if arguments.format == "html":
+    from dptrain.privacy import plan_page
+
+    print(plan_page.make_page(made, command=arguments.as_typed), end="")
+    return 0
   print(
     made.as_json() if arguments.format == "json" else made.as_text(), end=""
   )
@@ -198,7 +204,9 @@ def _add_plan_flags(parser: argparse.ArgumentParser) -> None:
     metavar="SIZE[,SIZE]",
     help="constant batch sizes to price at the same epsilon",
   )
-  parser.add_argument("--format", choices=("text", "json"), default="text")
+  parser.add_argument(
+    "--format", choices=("text", "json", "html"), default="text"
+  )
 
 
 def _with_bindings(argv: Sequence[str]) -> list[str]:

@@ -38,6 +38,14 @@ def test_from_a_gin_file(capsys):
   assert "memory: optimizer" in out
 
 
+def test_as_a_page(capsys):
+  flags = [*FLAGS[:2], "--phase=100:20", "--noise_multiplier=1.5"]
+  status, out, _ = run(capsys, *flags, "--format=html")
+  assert status == 0
+  assert out.startswith("<!doctype html>")
+  assert "--phase=100:20" in out
+
+
 @pytest.mark.parametrize(
   ("argv", "message"),
   [

@@ -121,10 +121,45 @@ class Forecast:
 
   def as_text(self) -> str:
     """The forecast as text for people, lines of at most 80 columns."""
-    lines = [*_facts(self), "", *_phases(self.phases)]
+    facts = [f"{name:24}{value}" for name, value in self.facts()]
+    lines = [*facts, "", *_phases(self.phases)]
     if self.alternatives:
       lines += ["", *_alternatives(self.alternatives)]
     return "\n".join(lines) + "\n"
+
+  def facts(self) -> list[tuple[str, str]]:
+    """Its figures, as pairs of a name and a value."""
+    plan, epsilon = self.plan, self.epsilon
+    rows = [
+      ("epsilon", f"{report.rounded_up(epsilon.value)} ({epsilon.accountant})"),
+      ("delta", f"{plan.delta:g}"),
+      ("noise multiplier", f"{plan.noise_multiplier:g}"),
+      ("records", f"{plan.num_examples:,}"),
+      ("updates", f"{plan.num_steps:,}"),
+      ("examples", f"{self.examples:,} (expected), {self.epochs:.3g} epochs"),
+      (
+        "without amplification",
+        f"epsilon {report.rounded_up(self.epsilon_without_amplification)}",
+      ),
+    ]
+    if self.affordable_steps is not None:
+      budget = f"epsilon {plan.target_epsilon:g}"
+      rows.append(
+        ("budget", f"{budget} allows {self.affordable_steps:,} updates")
+      )
+    if self.model is not None:
+      rows.append(
+        (
+          "compute",
+          f"{self.model.flops(self.examples):.3g} FLOPs"
+          f" ({self.model.num_parameters:,} parameters)",
+        )
+      )
+      rows += [
+        (f"memory: {name}", f"{size / 2**20:,.0f} MiB")
+        for name, size in self.model.memory.items()
+      ]
+    return rows
 
 
 def forecast(
@@ -157,7 +192,6 @@ def forecast(
   examples = sum(s.num_steps * s.expected_batch_size for s in segments)
   alternatives = []
   if constant_batches:
-    budget = plan.target_epsilon or epsilon.value
     alternatives = [
       Alternative(
         "this plan",
@@ -167,7 +201,9 @@ def forecast(
         examples / plan.num_examples,
         model.flops(examples) if model else None,
       ),
-      *(_constant(plan, size, budget, model) for size in constant_batches),
+      *(
+        _constant(plan, size, epsilon.value, model) for size in constant_batches
+      ),
     ]
   return Forecast(
     plan=plan,
@@ -245,40 +281,6 @@ def _constant(
     examples / plan.num_examples,
     model.flops(examples) if model else None,
   )
-
-
-def _facts(made: Forecast) -> list[str]:
-  plan, epsilon = made.plan, made.epsilon
-  rows = [
-    ("epsilon", f"{report.rounded_up(epsilon.value)} ({epsilon.accountant})"),
-    ("delta", f"{plan.delta:g}"),
-    ("noise multiplier", f"{plan.noise_multiplier:g}"),
-    ("records", f"{plan.num_examples:,}"),
-    ("updates", f"{plan.num_steps:,}"),
-    ("examples", f"{made.examples:,} (expected), {made.epochs:.3g} epochs"),
-    (
-      "without amplification",
-      f"epsilon {report.rounded_up(made.epsilon_without_amplification)}",
-    ),
-  ]
-  if made.affordable_steps is not None:
-    budget = f"epsilon {plan.target_epsilon:g}"
-    rows.append(
-      ("budget", f"{budget} allows {made.affordable_steps:,} updates")
-    )
-  if made.model is not None:
-    rows.append(
-      (
-        "compute",
-        f"{made.model.flops(made.examples):.3g} FLOPs"
-        f" ({made.model.num_parameters:,} parameters)",
-      )
-    )
-    rows += [
-      (f"memory: {name}", f"{size / 2**20:,.0f} MiB")
-      for name, size in made.model.memory.items()
-    ]
-  return [f"{name:24}{value}" for name, value in rows]
 
 
 def _phases(phases: Sequence[PhaseForecast]) -> list[str]:

@@ -226,10 +226,7 @@ def make_report(ledger: ledger_lib.Ledger) -> PrivacyReport:
     ],
     schedule=[dataclasses.asdict(release) for release in releases],
     unprotected=[*ledger.unprotected, *_ALWAYS_UNPROTECTED],
-    versions={
-      name: importlib.metadata.version(name)
-      for name in ("dptrain", "dp-accounting")
-    },
+    versions=versions(),
   )
 
 
@@ -265,6 +262,14 @@ def write_report(ledger: ledger_lib.Ledger, directory: pathlib.Path) -> None:
     draft = directory / f".{name}.draft"
     draft.write_text(text, encoding="utf-8")
     draft.replace(directory / name)
+
+
+def versions() -> dict[str, str]:
+  """Of the packages that compute epsilon."""
+  return {
+    name: importlib.metadata.version(name)
+    for name in ("dptrain", "dp-accounting")
+  }
 
 
 def rounded_up(bound: float) -> str:

@@ -1,35 +1,13 @@
 """The privacy report as one self-contained page, for browser and printer."""
 
-from collections.abc import Callable, Sequence
 import html
-import io
 from typing import Any
 
 from dptrain.privacy import accounting
 from dptrain.privacy import curves
 from dptrain.privacy import ledger as ledger_lib
+from dptrain.privacy import page
 from dptrain.privacy import report as report_lib
-
-_STYLE = """
-body { font: 11pt/1.45 Georgia, serif; max-width: 46em; margin: 2em auto;
-  padding: 0 1em; color: #111; }
-h1 { font-size: 1.6em; } h2 { font-size: 1.2em; margin-top: 1.6em; }
-.claim { border-left: 4px solid #235; padding: .4em 1em; background: #f3f5f8; }
-table { border-collapse: collapse; width: 100%; font-size: .93em; }
-th, td { text-align: left; padding: .2em .6em; vertical-align: top;
-  border-bottom: 1px solid #ddd; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
-figure { margin: 1em 0; break-inside: avoid; }
-svg { width: 100%; height: auto; }
-figcaption, .small { font-size: .88em; color: #444; }
-.plots { display: grid; grid-template-columns: 1fr 1fr; gap: 0 1.5em; }
-code { font-size: .9em; background: #f3f3f3; padding: 0 .2em; }
-@media print { body { margin: 0; max-width: none; font-size: 9.5pt; }
-  h2 { break-after: avoid; } tr { break-inside: avoid; } }
-@page { margin: 16mm; }
-"""
-
-_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 def make_page(ledger: ledger_lib.Ledger) -> str:
@@ -47,9 +25,8 @@ def make_page(ledger: ledger_lib.Ledger) -> str:
   releases = _in_order(ledger)
   relation = made.plan["relation"]
   parts = [
-    "<h1>Privacy report</h1>",
-    f'<p class="claim">{html.escape(made.statement())}</p>',
-    _table(made.facts()),
+    page.claim(made.statement()),
+    page.terms(made.facts()),
   ]
   if releases and made.epsilon.value <= accounting.MAX_EPSILON_FOR_PLD:
     parts += _figures(made, releases, relation)
@@ -58,17 +35,11 @@ def make_page(ledger: ledger_lib.Ledger) -> str:
     "<h2>What was released</h2>",
     _released(made),
     "<h2>What is not protected</h2>",
-    _list(made.unprotected),
+    page.bullets(made.unprotected),
     "<h2>How to check this</h2>",
     _checking(made),
   ]
-  body = "\n".join(parts)
-  return (
-    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-    '<meta name="viewport" content="width=device-width">'
-    f"<title>Privacy report</title><style>{_STYLE}</style></head>\n"
-    f"<body>\n{body}\n</body></html>\n"
-  )
+  return page.document("Privacy report", parts)
 
 
 def _in_order(ledger: ledger_lib.Ledger) -> list[accounting.Releases]:
@@ -134,28 +105,7 @@ def _figures(
       " this often, for each rate of false alarms; dotted: pure guessing.",
     ),
   )
-  figures = "".join(
-    f"<figure>{_drawing(draw)}<figcaption>{caption}</figcaption></figure>"
-    for draw, caption in drawn
-  )
-  return ["<h2>Behind the number</h2>", f'<div class="plots">{figures}</div>']
-
-
-def _drawing(draw: Callable[[Any], None]) -> str:
-  """One plot as SVG that stands alone."""
-  import matplotlib as mpl
-  from matplotlib import figure
-
-  with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dptrain"}):
-    canvas = figure.Figure(figsize=(4.2, 2.8), layout="constrained")
-    axes = canvas.subplots()
-    draw(axes)
-    axes.spines[["top", "right"]].set_visible(False)
-    text = io.StringIO()
-    canvas.savefig(text, format="svg", metadata=_NO_METADATA)
-  # Without the XML declaration, which has no place inside a page.
-  _, start, rest = text.getvalue().partition("<svg")
-  return start + rest
+  return ["<h2>Behind the number</h2>", page.plots(drawn)]
 
 
 def _groups(
@@ -176,7 +126,7 @@ def _groups(
     "<h2>Groups</h2><p>Several records of one source (a person, a document) are"
     f" protected less. Epsilon at the same delta, {made.delta:g}, for groups"
     " that change together:</p>"
-    + _columns(["group", "epsilon"], rows, numeric={1})
+    + page.columns(["group", "epsilon"], rows, numeric={1})
   )
 
 
@@ -195,7 +145,7 @@ def _released(made: report_lib.PrivacyReport) -> str:
   branches = ""
   if len(made.branches) > 1:
     branches = f"<p>{len(made.branches)} branches, all priced.</p>"
-  return _columns(names, rows, numeric={0, 1, 2, 3}) + branches
+  return page.columns(names, rows, numeric={0, 1, 2, 3}) + branches
 
 
 def _checking(made: report_lib.PrivacyReport) -> str:
@@ -213,28 +163,3 @@ def _checking(made: report_lib.PrivacyReport) -> str:
     " <code>NeighboringRelation.REPLACE_SPECIAL</code>.</p>"
     f'<p class="small">Computed by {html.escape(versions)}.</p>'
   )
-
-
-def _table(rows: Sequence[tuple[str, str]]) -> str:
-  cells = "".join(
-    f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
-    for name, value in rows
-  )
-  return f"<table>{cells}</table>"
-
-
-def _columns(
-  names: Sequence[str], rows: Sequence[Sequence[str]], numeric: set[int]
-) -> str:
-  def row(cells: Sequence[str], tag: str) -> str:
-    return "".join(
-      f"<{tag}{' class=n' if i in numeric else ''}>{html.escape(c)}</{tag}>"
-      for i, c in enumerate(cells)
-    )
-
-  body = "".join(f"<tr>{row(cells, 'td')}</tr>" for cells in rows)
-  return f"<table><tr>{row(names, 'th')}</tr>{body}</table>"
-
-
-def _list(texts: Sequence[str]) -> str:
-  return "<ul>" + "".join(f"<li>{html.escape(t)}</li>" for t in texts) + "</ul>"

@@ -70,6 +70,13 @@ def test_alternatives_cost_the_same():
     forecast_lib.forecast(plan(), constant_batches=[10_001])
 
 
+def test_alternatives_cost_what_the_plan_costs_whatever_the_budget():
+  made = forecast_lib.forecast(plan(target_epsilon=0.1), constant_batches=[200])
+  releases = [Releases(30, 200 / N, made.alternatives[1].noise_multiplier)]
+  spent = accounting.epsilon(releases, DELTA).value
+  assert 0.99 * made.epsilon.value < spent <= made.epsilon.value
+
+
 def test_text_fits_a_terminal_and_json_is_json():
   made = forecast_lib.forecast(
     plan(target_epsilon=9.0),
