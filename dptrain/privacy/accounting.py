@@ -6,7 +6,7 @@ bound (RDP, arXiv 1702.07476; PLD, arXiv 2207.04380), so the smaller is quoted,
 with its settings.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -17,10 +17,12 @@ import dp_accounting
 from dp_accounting import pld
 from dp_accounting import rdp
 
-RELATIONS = {
-  "zero_out": dp_accounting.NeighboringRelation.REPLACE_SPECIAL,
-  "add_or_remove_one": dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
-}
+from dptrain.privacy import mechanisms
+
+RELATIONS = mechanisms.RELATIONS
+Releases = mechanisms.Releases
+event = mechanisms.event
+merged = mechanisms.merged
 
 # Low orders decide at little noise, high ones at much.
 RDP_ORDERS = tuple(
@@ -48,37 +50,23 @@ _SMALLEST_NOISE = 1e-100
 
 
 @dataclasses.dataclass(frozen=True)
-class Releases:
-  """A number of equal releases: Poisson-subsampled Gaussian mechanisms.
-
-  Attributes:
-    count: how many.
-    sampling_prob: probability that a given unit took part in one.
-    noise_multiplier: noise standard deviation over sensitivity.
-  """
-
-  count: int
-  sampling_prob: float
-  noise_multiplier: float
-
-
-@dataclasses.dataclass(frozen=True)
 class Epsilon:
   """An upper bound on epsilon and how it was found.
 
   Attributes:
-    value: the smaller of the two bounds.
-    accountant: whose bound that is, "PLD" or "RDP".
+    value: the smallest of the valid bounds.
+    accountant: whose bound that is: "PLD", "RDP", or "Gaussian", the closed
+      form without amplification, where neither of the two could be had.
     settings: grid or order of that accountant, in words.
-    rdp: the RDP bound.
+    rdp: the RDP bound; None where dp-accounting has none for the sampling.
     pld: the PLD bound; None when it was not computed.
-    note: why PLD was not computed, or empty.
+    note: why a bound was not computed, or empty.
   """
 
   value: float
   accountant: str
   settings: str
-  rdp: float
+  rdp: float | None
   pld: float | None
   note: str = ""
 
@@ -88,31 +76,6 @@ class Epsilon:
       name: "inf" if value == math.inf else value
       for name, value in dataclasses.asdict(self).items()
     }
-
-
-def event(releases: Sequence[Releases]) -> dp_accounting.DpEvent:
-  """The composition of all `releases` as a dp-accounting event."""
-  return dp_accounting.ComposedDpEvent(
-    [
-      dp_accounting.SelfComposedDpEvent(
-        dp_accounting.PoissonSampledDpEvent(
-          r.sampling_prob, dp_accounting.GaussianDpEvent(r.noise_multiplier)
-        ),
-        r.count,
-      )
-      for r in merged(releases)
-    ]
-  )
-
-
-def merged(releases: Sequence[Releases]) -> list[Releases]:
-  """Joins equal mechanisms and drops empty ones; order does not matter."""
-  counts: dict[tuple[float, float], int] = {}
-  for release in releases:
-    if release.count:
-      pair = (float(release.sampling_prob), float(release.noise_multiplier))
-      counts[pair] = counts.get(pair, 0) + release.count
-  return [Releases(n, q, noise) for (q, noise), n in counts.items()]
 
 
 def epsilon(
@@ -125,8 +88,8 @@ def epsilon(
   """Smallest valid bound on epsilon at `delta`.
 
   Formal guarantee: the composition of `releases` is (epsilon, delta)-DP under
-  `relation`, provided that each was a Gaussian mechanism on a Poisson sample of
-  the stated probability; counts, probabilities and noise are public.
+  `relation`, provided that each was a Gaussian mechanism on a sample as stated;
+  counts, probabilities, sizes and noise are public.
 
   Args:
     releases: what was, or will be, released.
@@ -138,10 +101,12 @@ def epsilon(
     The bound with its settings.
 
   Raises:
-    ValueError: unknown relation or delta out of range.
+    ValueError: delta is out of range, or dp-accounting has no bound for these
+      samplings under this relation.
   """
   check_delta(delta)
-  _relation(relation)
+  for release in releases:
+    mechanisms.check_priced(release.sampling, relation)
   composed = tuple(merged(releases))
   if not composed:
     return Epsilon(0.0, "RDP", "nothing released", 0.0, 0.0)
@@ -157,20 +122,78 @@ def _bound(
   if _without_noise(composed):
     note = f"PLD not computed: noise below {_SMALLEST_NOISE:g} counts as none"
     return Epsilon(math.inf, "RDP", "no noise", math.inf, None, note)
-  by_rdp, order = rdp_bound(composed, delta, relation, RDP_ORDERS)
-  settings = f"order {order:g}"
-  if not by_rdp <= MAX_EPSILON_FOR_PLD:
-    note = f"PLD not computed: the RDP bound exceeds {MAX_EPSILON_FOR_PLD:g}"
-    return Epsilon(by_rdp, "RDP", settings, by_rdp, None, note)
-  interval = pld_interval(composed, delta, relation, quick)
-  by_pld = pld_bound(composed, delta, relation, interval)
+  by_rdp, order = None, 0.0
+  if has_rdp(composed, relation):
+    by_rdp, order = rdp_bound(composed, delta, relation, RDP_ORDERS)
+  by_pld, interval, note = _pld_if_possible(
+    composed, delta, relation, quick, by_rdp
+  )
+  if by_rdp is None and by_pld is None:
+    # Recorded, and valid whatever was sampled.
+    value = epsilon_without_amplification(composed, delta, relation)
+    return Epsilon(value, "Gaussian", "no amplification", None, None, note)
+  if by_pld is not None and (by_rdp is None or by_pld < by_rdp):
+    if by_rdp is None:
+      note = "RDP not computed: dp-accounting has none for this sampling"
+    settings = f"discretisation interval {interval:g}"
+    return Epsilon(by_pld, "PLD", settings, by_rdp, by_pld, note)
+  if by_rdp is None:
+    raise AssertionError("one of the two bounds was had")
+  return Epsilon(by_rdp, "RDP", f"order {order:g}", by_rdp, by_pld, note)
+
+
+def _pld_if_possible(
+  composed: tuple[Releases, ...],
+  delta: float,
+  relation: str,
+  quick: bool,
+  by_rdp: float | None,
+) -> tuple[float | None, float, str]:
+  """The PLD bound or None, its grid, and why there is none."""
+  if not has_pld(composed, relation):
+    if by_rdp is None:
+      raise ValueError(
+        "these samplings, together and under relation"
+        f" {relation!r}, have no price in dp-accounting: report the runs one by"
+        " one."
+      )
+    return (
+      None,
+      0.0,
+      "PLD not computed: dp-accounting has none for this sampling",
+    )
+  size = rough_bound(composed, delta, relation) if by_rdp is None else by_rdp
+  if not size <= MAX_EPSILON_FOR_PLD:
+    name = "RDP bound" if by_rdp is not None else "bound by a Poisson stand-in"
+    note = f"PLD not computed: the {name} exceeds {MAX_EPSILON_FOR_PLD:g}"
+    return None, 0.0, note
   if not delta_for_pld(composed, delta):
     note = f"PLD not computed: its rounding may reach delta {delta:g}"
-    return Epsilon(by_rdp, "RDP", settings, by_rdp, None, note)
-  if by_pld < by_rdp:
-    settings = f"discretisation interval {interval:g}"
-    return Epsilon(by_pld, "PLD", settings, by_rdp, by_pld)
-  return Epsilon(by_rdp, "RDP", settings, by_rdp, by_pld)
+    return None, 0.0, note
+  interval = pld_interval(composed, delta, relation, quick)
+  return pld_bound(composed, delta, relation, interval), interval, ""
+
+
+def has_rdp(composed: Sequence[Releases], relation: str) -> bool:
+  """Whether dp-accounting bounds these releases by Renyi DP."""
+  accountant = rdp.RdpAccountant(
+    (2.0,), neighboring_relation=_relation(relation)
+  )
+  return bool(accountant.supports(event(composed)))
+
+
+def has_pld(composed: Sequence[Releases], relation: str) -> bool:
+  """Whether dp-accounting bounds these releases by privacy losses."""
+  accountant = pld.PLDAccountant(neighboring_relation=_relation(relation))
+  return bool(accountant.supports(event(composed)))
+
+
+def rough_bound(
+  composed: Sequence[Releases], delta: float, relation: str
+) -> float:
+  """Epsilon, more or less, at once: what to start a search with. No bound."""
+  alike = [mechanisms.stand_in(release, relation) for release in composed]
+  return rdp_bound(alike, delta, "zero_out", FEW_RDP_ORDERS)[0]
 
 
 def rdp_bound(
@@ -233,7 +256,7 @@ def pld_interval(
     relation: a key of `RELATIONS`.
     quick: a coarser one.
   """
-  size, _ = rdp_bound(composed, delta, relation, FEW_RDP_ORDERS)
+  size = rough_bound(composed, delta, relation)
   wanted = _GRID_SHARE * size / math.sqrt(sum(r.count for r in composed))
   if quick or len(composed) > _MANY_MECHANISMS:
     wanted *= _COARSER
@@ -242,7 +265,7 @@ def pld_interval(
 
 
 def epsilon_without_amplification(
-  releases: Sequence[Releases], delta: float
+  releases: Sequence[Releases], delta: float, relation: str = "zero_out"
 ) -> float:
   """Epsilon as if every release had read every unit (sampling_prob 1).
 
@@ -252,7 +275,10 @@ def epsilon_without_amplification(
   check_delta(delta)
   if _without_noise(releases):
     return math.inf
-  precision = sum(r.count / r.noise_multiplier**2 for r in releases)
+  precision = sum(
+    r.count * (mechanisms.distance(r, relation) / r.noise_multiplier) ** 2
+    for r in releases
+  )
   if not precision:
     return 0.0
   return float(
@@ -266,10 +292,13 @@ def _is_within(
   """Whether `epsilon` is at most `budget`; RDP is asked only if it must be."""
   composed = tuple(merged(releases))
   if composed and not _without_noise(composed):
-    rough, _ = rdp_bound(composed, delta, relation, FEW_RDP_ORDERS)
-    if rough <= budget:
-      return True
-    if rough <= MAX_EPSILON_FOR_PLD:
+    if has_rdp(composed, relation):
+      rough, _ = rdp_bound(composed, delta, relation, FEW_RDP_ORDERS)
+      if rough <= budget:
+        return True
+    else:
+      rough = rough_bound(composed, delta, relation)
+    if rough <= MAX_EPSILON_FOR_PLD and has_pld(composed, relation):
       interval = pld_interval(composed, delta, relation)
       if pld_bound(composed, delta, relation, interval) <= budget:
         return True
@@ -277,47 +306,37 @@ def _is_within(
 
 
 def affordable_steps(
-  spent: Sequence[Releases],
-  coming: Sequence[Releases],
+  released_after: Callable[[int], Sequence[Releases]],
+  most: int,
   target_epsilon: float,
   delta: float,
   relation: str = "zero_out",
 ) -> int:
-  """How many of the `coming` releases, in order, still fit into the budget.
+  """How many more updates still fit into the budget.
 
   Args:
-    spent: what has been released already.
-    coming: what training would release next, in order.
+    released_after: what will have been released in all after n more updates;
+      grows with n.
+    most: updates that could be made.
     target_epsilon: the budget.
     delta: in (0, 1).
     relation: a key of `RELATIONS`.
 
   Returns:
-    The largest n such that `spent` and the first n of `coming` together cost at
-    most `target_epsilon`; 0 if `spent` alone exceeds it.
+    The largest n in 0..most for which `released_after(n)` costs at most
+    `target_epsilon`; 0 if there is none.
   """
 
   def fits(n: int) -> bool:
-    both = [*spent, *first_releases(coming, n)]
-    return _is_within(both, target_epsilon, delta, relation)
+    return _is_within(released_after(n), target_epsilon, delta, relation)
 
-  low, high = 0, sum(r.count for r in coming)
+  low, high = 0, most
   if fits(high):
     return high
   while low < high - 1:
     middle = (low + high) // 2
     low, high = (middle, high) if fits(middle) else (low, middle)
   return low
-
-
-def first_releases(releases: Sequence[Releases], n: int) -> list[Releases]:
-  """The first `n` single releases out of runs of equal ones."""
-  taken = []
-  for release in releases:
-    count = min(n, release.count)
-    n -= count
-    taken.append(dataclasses.replace(release, count=count))
-  return [release for release in taken if release.count]
 
 
 def check_delta(delta: float) -> None:
@@ -333,8 +352,8 @@ def _without_noise(releases: Sequence[Releases]) -> bool:
 def _relation(name: str) -> dp_accounting.NeighboringRelation:
   if name not in RELATIONS:
     raise ValueError(
-      f"neighbouring relation {name!r} cannot be priced for Poisson sampling;"
-      f" use one of {sorted(RELATIONS)}."
+      f"neighbouring relation {name!r} cannot be priced; use one of"
+      f" {sorted(RELATIONS)}."
     )
   return RELATIONS[name]
 

@@ -27,10 +27,13 @@ def last_affordable(
   """
   if plan.target_epsilon is None:
     return plan.num_steps
+  start = ledger.first_step(branch)
   written = max(step, ledger.last_step(branch) + 1)
+  others = ledger.releases(without=branch)
   return written + accounting.affordable_steps(
-    ledger.releases(),
-    list(plan.releases(written)),
+    # Updates may share a round with what this branch has released already.
+    lambda n: [*others, *plan.releases(start, written + n)],
+    plan.num_steps - written,
     plan.target_epsilon,
     plan.delta,
     plan.relation,

@@ -17,7 +17,7 @@ _USUAL_SLOPE = 2.5
 
 
 def noise_multiplier(
-  batches: Sequence[tuple[int, float]],
+  releases_of: Callable[[float], Sequence[accounting.Releases]],
   target_epsilon: float,
   delta: float,
   relation: str = "zero_out",
@@ -25,7 +25,7 @@ def noise_multiplier(
   """Smallest noise multiplier, to 4 decimals, that stays within a budget.
 
   Args:
-    batches: pairs (number of updates, sampling_prob).
+    releases_of: what a run of a given noise multiplier releases.
     target_epsilon: the budget.
     delta: in (0, 1).
     relation: a key of `accounting.RELATIONS`.
@@ -37,9 +37,9 @@ def noise_multiplier(
   Raises:
     ValueError: no noise multiplier up to 10,000 reaches the budget.
   """
-  search = _Search(tuple(batches), target_epsilon, delta, relation)
+  search = _Search(releases_of, target_epsilon, delta, relation)
   root = search.root_by_rdp()
-  if target_epsilon <= accounting.MAX_EPSILON_FOR_PLD:
+  if target_epsilon <= accounting.MAX_EPSILON_FOR_PLD and search.has_pld():
     # RDP answers at once, PLD asks for less noise.
     root = search.root_by_pld(root)
 
@@ -49,18 +49,27 @@ def noise_multiplier(
 
   # The root is good to a few steps; what counts is the bound that is quoted.
   steps = max(1, round(math.exp(root) / _NOISE_TOLERANCE))
-  while fits(steps - 1):
-    steps -= 1
-  while not fits(steps):
-    steps += 1
-  return round(steps * _NOISE_TOLERANCE, 4)
+  return round(_first_that_fits(fits, steps) * _NOISE_TOLERANCE, 4)
+
+
+def _first_that_fits(fits: Callable[[int], bool], start: int) -> int:
+  """Smallest whole number that fits, found quickly if `start` is near it."""
+  low, high, stride = start - 1, start, 1
+  while fits(low):
+    low, high, stride = low - stride, low, 2 * stride
+  while not fits(high):
+    low, high, stride = high, high + stride, 2 * stride
+  while low < high - 1:
+    middle = (low + high) // 2
+    low, high = (low, middle) if fits(middle) else (middle, high)
+  return high
 
 
 @dataclasses.dataclass(frozen=True)
 class _Search:
   """Bounds on epsilon as functions of the noise; arguments as above."""
 
-  batches: tuple[tuple[int, float], ...]
+  releases_of: Callable[[float], Sequence[accounting.Releases]]
   target_epsilon: float
   delta: float
   relation: str
@@ -75,14 +84,21 @@ class _Search:
     releases = self._releases(noise)
     return accounting.epsilon(releases, self.delta, self.relation).value
 
+  def has_pld(self) -> bool:
+    """Whether PLD prices this."""
+    return accounting.has_pld(self._releases(1.0), self.relation)
+
+  def has_rdp(self) -> bool:
+    """Whether RDP does."""
+    return accounting.has_rdp(self._releases(1.0), self.relation)
+
   def by_few_orders(self, noise: float) -> float:
-    """By RDP, loosely."""
-    return accounting.rdp_bound(
-      self._releases(noise),
-      self.delta,
-      self.relation,
-      accounting.FEW_RDP_ORDERS,
-    )[0]
+    """By RDP, loosely; where it has no bound, about right."""
+    composed = self._releases(noise)
+    if not self.has_rdp():
+      return accounting.rough_bound(composed, self.delta, self.relation)
+    orders = accounting.FEW_RDP_ORDERS
+    return accounting.rdp_bound(composed, self.delta, self.relation, orders)[0]
 
   def root_by_rdp(self) -> float:
     """Log noise that is enough by RDP.
@@ -125,7 +141,7 @@ class _Search:
       )
 
     gap = excess(start)
-    if gap > 0:
+    if gap > 0 and self.has_rdp():
       return start  # a coarse grid can lose to RDP
     found = optimize.root_scalar(
       excess,
@@ -137,8 +153,4 @@ class _Search:
     return float(found.root) if found.converged else start
 
   def _releases(self, noise: float) -> tuple[accounting.Releases, ...]:
-    return tuple(
-      accounting.merged(
-        [accounting.Releases(count, q, noise) for count, q in self.batches]
-      )
-    )
+    return tuple(accounting.merged(self.releases_of(noise)))

@@ -27,7 +27,7 @@ class Growth:
 
   Attributes:
     updates: how many updates were made.
-    by_rdp: bound by RDP then.
+    by_rdp: bound by RDP then; empty where dp-accounting has none.
     by_pld: bound by PLD then.
     unamplified: as if every update had read every record.
   """
@@ -68,21 +68,23 @@ def growth(
   """
   neighbouring = accounting.RELATIONS[relation]
   renyi = rdp.RdpAccountant(accounting.RDP_ORDERS, neighbouring)
+  has_rdp = accounting.has_rdp(releases, relation)
   losses = _by_pld(releases, delta, relation)
   made = Growth([], [], [], [])
   before: list[accounting.Releases] = []
   safe = accounting.delta_for_pld(releases, delta)
   for part in _pieces(releases):
     event = accounting.event([part])
-    with accounting.without_order_warnings():
-      renyi.compose(event)
+    if has_rdp:
+      with accounting.without_order_warnings():
+        renyi.compose(event)
+      made.by_rdp.append(float(renyi.get_epsilon(delta)))
     losses.compose(event)
     before.append(part)
     made.updates.append(sum(r.count for r in before))
-    made.by_rdp.append(float(renyi.get_epsilon(delta)))
     made.by_pld.append(float(losses.get_epsilon(safe)))
     made.unamplified.append(
-      accounting.epsilon_without_amplification(before, delta)
+      accounting.epsilon_without_amplification(before, delta, relation)
     )
   return made
 
@@ -121,6 +123,15 @@ def trade_off(
   )
 
 
+def prices_groups(
+  releases: Sequence[accounting.Releases], relation: str
+) -> bool:
+  """Whether `group_epsilons` has a bound for these releases."""
+  return relation != "replace_one" and all(
+    release.sampling == "poisson" for release in releases
+  )
+
+
 def group_epsilons(
   releases: Sequence[accounting.Releases],
   delta: float,
@@ -135,7 +146,7 @@ def group_epsilons(
   to a few, and the grid grows with k.
 
   Args:
-    releases: everything released.
+    releases: everything released, for which `prices_groups`.
     delta: of all values.
     relation: a key of `accounting.RELATIONS`.
     sizes: of groups, rising.

@@ -186,7 +186,11 @@ def forecast(
   affordable = None
   if plan.target_epsilon is not None:
     affordable = accounting.affordable_steps(
-      [], releases, plan.target_epsilon, plan.delta, plan.relation
+      lambda n: plan.releases(0, n),
+      plan.num_steps,
+      plan.target_epsilon,
+      plan.delta,
+      plan.relation,
     )
   segments = plan.schedule.segments()
   examples = sum(s.num_steps * s.expected_batch_size for s in segments)
@@ -209,7 +213,7 @@ def forecast(
     plan=plan,
     epsilon=epsilon,
     epsilon_without_amplification=accounting.epsilon_without_amplification(
-      releases, plan.delta
+      releases, plan.delta, plan.relation
     ),
     affordable_steps=affordable,
     phases=[
@@ -217,7 +221,7 @@ def forecast(
         s.first_step,
         s.num_steps,
         s.expected_batch_size,
-        s.expected_batch_size / plan.num_examples,
+        plan.sampling_prob(s.first_step),
         plan.noise_multiplier / s.expected_batch_size,
       )
       for s in segments
@@ -266,10 +270,16 @@ def _constant(
       f" {plan.num_examples:,} examples of the corpus."
     )
   steps = plan.num_steps
+  constant = schedule_lib.constant(size, steps)
   examples = size * steps
   try:
     noise = calibration.noise_multiplier(
-      [(steps, size / plan.num_examples)], budget, plan.delta, plan.relation
+      lambda noise: dataclasses.replace(
+        plan, schedule=constant, noise_multiplier=noise
+      ).releases(),
+      budget,
+      plan.delta,
+      plan.relation,
     )
   except ValueError:
     noise = None

@@ -7,7 +7,8 @@ told. Each line carries the hash of the line before it. Five kinds of line:
   plan         the plan, the keyed fingerprints of corpus and seed; the first.
   branch       a line of training that starts at the root or forks off another.
   environment  a branch goes on under another rounding from some update on.
-  release      one update of one branch: its sampling probability and noise.
+  release      one update of one branch: its sampling, its noise and, if it
+               shares one with others, its round (`rounds`).
   unprotected  something that was published without protection.
 
 A branch is named by a digest of all that decides its gradients. A crash that
@@ -28,6 +29,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 from dptrain.privacy import accounting
+from dptrain.privacy import entries
 from dptrain.privacy import plan as plan_lib
 
 LEDGER_FILE = "privacy_ledger.jsonl"
@@ -75,7 +77,7 @@ class Ledger:
     self.header: dict[str, Any] = {}
     self._branches: dict[str, Branch] = {}
     self._environments: dict[str, list[tuple[int, str]]] = {}
-    self._releases: dict[str, dict[int, accounting.Releases]] = {}
+    self._releases: dict[str, dict[int, entries.Update]] = {}
     self._unprotected: list[str] = []
     self._last_hash = _NO_HASH
     self._file: Any = None
@@ -105,15 +107,31 @@ class Ledger:
     """Hash of the last line: names all that is written so far."""
     return self._last_hash
 
-  def releases(self) -> list[accounting.Releases]:
-    """Everything released so far, over all branches, equal ones joined."""
+  def releases(self, without: str = "") -> list[accounting.Releases]:
+    """Everything released so far, over all branches, equal ones joined.
+
+    Args:
+      without: a branch to leave out.
+
+    Returns:
+      One release per round of each branch: the dearest of its updates.
+    """
     return accounting.merged(
       [
         release
-        for by_step in self._releases.values()
-        for release in by_step.values()
+        for branch, by_step in self._releases.items()
+        if branch != without
+        for release in entries.priced(by_step)
       ]
     )
+
+  def releases_in_order(self) -> list[accounting.Releases]:
+    """One release per round, branch after branch."""
+    return [
+      release
+      for by_step in self._releases.values()
+      for release in entries.priced(by_step)
+    ]
 
   def num_releases(self, branch: str) -> int:
     """How many updates of `branch` are written down."""
@@ -123,26 +141,17 @@ class Ledger:
     """The last update of `branch` written down; -1 if there is none."""
     return max(self._releases.get(branch, {-1: None}))
 
+  def first_step(self, branch: str) -> int:
+    """The update that a branch begins with."""
+    return self._branches[branch].fork_step
+
   def has(self, branch: str, step: int) -> bool:
     """Whether update `step` of `branch` is written down."""
     return step in self._releases.get(branch, {})
 
   def segments(self) -> list[dict[str, Any]]:
     """Runs of equal consecutive releases as plain data: a checkpoint's copy."""
-    runs: list[dict[str, Any]] = []
-    for name, by_step in self._releases.items():
-      for step, release in sorted(by_step.items()):
-        last = runs[-1] if runs else {}
-        key = {
-          "branch": name,
-          "sampling_prob": release.sampling_prob,
-          "noise_multiplier": release.noise_multiplier,
-        }
-        if last.get("last_step") == step - 1 and key.items() <= last.items():
-          last["last_step"] = step
-        else:
-          runs.append({**key, "first_step": step, "last_step": step})
-    return runs
+    return entries.runs(self._releases)
 
   def check_contains(self, segments: list[dict[str, Any]]) -> None:
     """Refuses a ledger that lacks what a checkpoint knows was released.
@@ -150,18 +159,13 @@ class Ledger:
     Raises:
       LedgerError: the file was replaced by an older copy.
     """
-    for run in segments:
-      for step in range(run["first_step"], run["last_step"] + 1):
-        release = accounting.Releases(
-          1, run["sampling_prob"], run["noise_multiplier"]
+    for branch, step, update in entries.unrolled(segments):
+      if self._releases.get(branch, {}).get(step) != update:
+        raise LedgerError(
+          f"{self.path} lacks update {step} of branch {branch[:12]}, which a"
+          " checkpoint beside it contains: the ledger was rolled back. Restore"
+          " the newest copy of it; without it the guarantee is lost."
         )
-        if self._releases.get(run["branch"], {}).get(step) != release:
-          raise LedgerError(
-            f"{self.path} lacks update {step} of branch {run['branch'][:12]},"
-            " which a checkpoint beside it contains: the ledger was rolled"
-            " back. Restore the newest copy of it; without it the guarantee is"
-            " lost."
-          )
 
   def check_not_lost(self) -> None:
     """Refuses a MODEL_DIR that has checkpoints, of any loop, but no ledger.
@@ -306,22 +310,36 @@ class Ledger:
     )
 
   def record(
-    self, branch: str, step: int, release: accounting.Releases
+    self,
+    branch: str,
+    step: int,
+    release: accounting.Releases,
+    round_number: int | None = None,
   ) -> None:
     """Writes down update `step` of `branch`; call it before the update.
 
     A replay of what is already written must release the same and adds nothing.
+
+    Args:
+      branch: its name.
+      step: the update.
+      release: what it would cost alone.
+      round_number: `PrivacyPlan.round_number`: updates of one round of a branch
+        are priced once, at the dearest; None: a round of its own.
 
     Raises:
       LedgerError: the replay differs, or a step is skipped.
       OSError: the line could not be written; do not make the update.
     """
     by_step = self._releases.get(branch, {})
+    update = entries.Update(
+      release, step if round_number is None else round_number
+    )
     if step in by_step:
-      if by_step[step] != release:
+      if by_step[step] != update:
         raise LedgerError(
           f"update {step} of branch {branch[:12]} was released with"
-          f" {by_step[step]} and would now be repeated with {release}."
+          f" {by_step[step]} and would now be repeated with {update}."
         )
       return
     expected = self.last_step(branch) + 1
@@ -331,15 +349,8 @@ class Ledger:
         f"update {step} of branch {branch[:12]} cannot be recorded before"
         f" update {expected}."
       )
-    self._append(
-      {
-        "kind": "release",
-        "branch": branch,
-        "step": step,
-        "sampling_prob": release.sampling_prob,
-        "noise_multiplier": release.noise_multiplier,
-      }
-    )
+    entry = {"kind": "release", "branch": branch, "step": step}
+    self._append({**entry, **update.as_dict(step)})
 
   def declare_unprotected(self, what: str) -> None:
     """Notes, once, that `what` was published without protection."""
@@ -404,11 +415,8 @@ class Ledger:
         (entry["step"], entry["environment"])
       )
     elif kind == "release":
-      self._releases.setdefault(entry["branch"], {})[entry["step"]] = (
-        accounting.Releases(
-          1, entry["sampling_prob"], entry["noise_multiplier"]
-        )
-      )
+      by_step = self._releases.setdefault(entry["branch"], {})
+      by_step[entry["step"]] = entries.from_dict(entry, entry["step"])
     elif kind == "unprotected":
       self._unprotected.append(entry["what"])
     else:

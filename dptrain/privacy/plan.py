@@ -5,13 +5,19 @@ corpus into a `PrivacyPlan`. Nothing else in dptrain holds a sampling
 probability, an expected batch size or a noise multiplier.
 """
 
-from collections.abc import Iterator
 import dataclasses
+import functools
+import itertools
+import math
 from typing import Any
 import warnings
 
+import numpy as np
+
 from dptrain.privacy import accounting
 from dptrain.privacy import calibration
+from dptrain.privacy import mechanisms
+from dptrain.privacy import rounds
 from dptrain.privacy import schedule as schedule_lib
 
 CLIPPING_RULES = ("flat", "normalized", "automatic")
@@ -39,10 +45,23 @@ class PrivacySettings:
     adaptive_learning_rate: how fast log C moves.
     adaptive_budget_share: part of each update's budget (of 1 / noise^2) that
       pays for the noisy tally which C follows; the rest is the gradients'.
-    relation: neighbouring relation, "zero_out": the number of records is
-      public. Adding or removing a record would change it, and with it the
-      sampling probabilities.
-    sampling: "poisson", the only one so far.
+    relation: neighbouring relation: "zero_out" (a unit is replaced by one that
+      contributes nothing), "replace_one" (by any other), "add_or_remove_one".
+      Under the first two the number of records is public.
+    sampling: how the records of an update are drawn, a key of
+      `mechanisms.PRICED`, which also says under which relation: "poisson";
+      "truncated_poisson" (at most so many records); "without_replacement" (a
+      fixed number); "shuffled" (one pass after another in random order) and
+      "balls_in_bins" (each record in every n-th update), both priced without
+      amplification; "cyclic_poisson" (Poisson within one of `bands` groups in
+      turn).
+    truncation_deviations: how far above the expected batch "truncated_poisson"
+      cuts, in standard deviations of the sample's size.
+    bands: of correlated noise (BandMF, arXiv 2306.08153): each update's noise
+      cancels part of that of the `bands - 1` updates before. Over 1 it needs
+      "cyclic_poisson". 1: independent noise.
+    public_num_examples: for "add_or_remove_one", where the number of records is
+      private: a public estimate, from which sampling probabilities follow.
     unit: the privacy unit, "record" (one fixed-length sequence).
   """
 
@@ -58,6 +77,9 @@ class PrivacySettings:
   adaptive_budget_share: float = 0.01
   relation: str = "zero_out"
   sampling: str = "poisson"
+  truncation_deviations: float = 6.0
+  bands: int = 1
+  public_num_examples: int | None = None
   unit: str = "record"
 
   def __post_init__(self) -> None:
@@ -88,8 +110,6 @@ class PrivacySettings:
     self._check_adaptation()
     for name, known in (
       ("clipping", CLIPPING_RULES),
-      ("relation", ("zero_out",)),
-      ("sampling", ("poisson",)),
       ("unit", ("record",)),
     ):
       value = getattr(self, name)
@@ -98,6 +118,51 @@ class PrivacySettings:
           f"PrivacySettings.{name}={value!r} is not supported; use one of"
           f" {', '.join(map(repr, known))}."
         )
+    self._check_sampling()
+
+  def _check_sampling(self) -> None:
+    mechanisms.check_priced(self.sampling, self.relation)
+    if isinstance(self.bands, bool) or not (
+      isinstance(self.bands, int) and self.bands >= 1
+    ):
+      raise ValueError(
+        f"PrivacySettings.bands={self.bands!r} must be a whole number >= 1."
+      )
+    if self.bands > 1 and self.sampling != "cyclic_poisson":
+      raise ValueError(
+        f"PrivacySettings.bands={self.bands} correlates the noise of updates,"
+        " in which a record may then not take part together: it needs"
+        f" sampling='cyclic_poisson', not {self.sampling!r}."
+      )
+    if not 0 < self.truncation_deviations < float("inf"):
+      raise ValueError(
+        f"PrivacySettings.truncation_deviations={self.truncation_deviations}"
+        " must be a positive, finite number."
+      )
+    sizes = {s.expected_batch_size for s in self.schedule.segments()}
+    if self.sampling == "balls_in_bins" and len(sizes) > 1:
+      raise ValueError(
+        "sampling='balls_in_bins' throws every record into one bin for good, so"
+        " BatchSchedule must be constant; use 'shuffled' for one that grows."
+      )
+    self._check_public_number()
+
+  def _check_public_number(self) -> None:
+    number = self.public_num_examples
+    if self.relation != "add_or_remove_one":
+      if number is not None:
+        raise ValueError(
+          f"PrivacySettings.public_num_examples={number} is for"
+          f" relation='add_or_remove_one'; under {self.relation!r} the number"
+          " of records itself is public."
+        )
+      return
+    if number is None or isinstance(number, bool) or not number >= 1:
+      raise ValueError(
+        f"PrivacySettings.public_num_examples={number} must be a whole number"
+        " >= 1 under relation='add_or_remove_one', where the true number of"
+        " records is private: give a public estimate of it."
+      )
 
   def _check_adaptation(self) -> None:
     for name in ("adaptive_quantile", "adaptive_budget_share"):
@@ -123,16 +188,24 @@ class PrivacySettings:
 class PrivacyPlan:
   """What a run will release, update by update; every field is public.
 
-  Formal guarantee: unit: one record of the training store. Relation "zero_out":
-  neighbouring corpora have the same public size N and differ in one record,
-  which one of them replaces by a record that contributes nothing
-  (REPLACE_SPECIAL of dp-accounting, arXiv 2103.00039). Sensitivity: that of the
-  clipping rule. With `adaptive_quantile`, sum and tally are one release of
+  Formal guarantee: unit: one record of the training store. Neighbouring, by
+  `relation`: under "zero_out" corpora have the same public size N and differ in
+  one record, which one of them replaces by a record that contributes nothing
+  (REPLACE_SPECIAL of dp-accounting, arXiv 2103.00039); under "replace_one", by
+  any other; under "add_or_remove_one" N is private, and `num_examples` a public
+  estimate of it. Sensitivity: that of the clipping rule, as the most that one
+  record adds. With `adaptive_quantile`, sum and tally are one release of
   `noise_multiplier` (`clipping.adaptation.NormAdaptation`). Sampling
-  probabilities, expected_batch_size / num_examples, are constants of the plan.
+  probabilities and sizes are constants of the plan.
+
+  With `bands` over 1, noise is correlated as C^-1 z for a banded Toeplitz C
+  whose columns have norm 1, and a record takes part in every `bands`-th update
+  at most. So its columns of C are orthogonal, and a round of `bands` updates
+  costs what one update does at the largest of their sampling probabilities
+  (arXiv 2306.08153, theorem 4).
 
   Attributes: those of `PrivacySettings`, with `noise_multiplier` decided, and
-    num_examples: corpus size N.
+    num_examples: corpus size N, or the public estimate of it.
   """
 
   num_examples: int
@@ -148,6 +221,9 @@ class PrivacyPlan:
   adaptive_budget_share: float
   relation: str
   sampling: str
+  truncation_deviations: float
+  bands: int
+  public_num_examples: int | None
   unit: str
 
   @property
@@ -155,28 +231,98 @@ class PrivacyPlan:
     """Updates in the whole run."""
     return self.schedule.num_steps
 
+  @property
+  def amplified(self) -> bool:
+    """Whether sampling lowers the price."""
+    return self.sampling not in rounds.UNAMPLIFIED
+
   def sampling_prob(self, step: int) -> float:
-    """Probability that a given example takes part in update `step`."""
-    return self.expected_batch_size(step) / self.num_examples
+    """Probability that an example which may take part in `step` does so."""
+    return self._sampling_prob(self.expected_batch_size(step))
 
   def expected_batch_size(self, step: int) -> int:
     """The public constant that the noisy sum of update `step` is divided by."""
     return self.schedule.expected_batch_size(step)
 
-  def release(self, step: int) -> accounting.Releases:
-    """What update `step` releases."""
-    return accounting.Releases(
-      1, self.sampling_prob(step), self.noise_multiplier
-    )
+  def truncated_batch_size(self, step: int) -> int:
+    """The most records of update `step`, under "truncated_poisson"."""
+    return self._truncated(self.expected_batch_size(step))
 
-  def releases(self, first_step: int = 0) -> Iterator[accounting.Releases]:
-    """Runs of equal releases from update `first_step` to the end, in order."""
-    for start, count, size in self.schedule.segments():
-      count = start + count - max(start, first_step)
-      if count > 0:
-        yield accounting.Releases(
-          count, size / self.num_examples, self.noise_multiplier
-        )
+  def sizes(self, start: int = 0) -> tuple[int, ...]:
+    """Expected batch sizes from update `start` to the end."""
+    return tuple(_sizes(self.schedule)[start:].tolist())
+
+  def round_number(self, step: int, start: int = 0) -> int:
+    """Number of the first update of the round of `step` (see `rounds`).
+
+    Args:
+      step: an update of a branch.
+      start: the branch's first update.
+    """
+    numbers = self._rounds(start, None)
+    return start + int(np.searchsorted(numbers, numbers[step - start]))
+
+  def release(self, step: int) -> accounting.Releases:
+    """What update `step` releases, as a round of its own."""
+    return self._release(1, self.expected_batch_size(step))
+
+  def releases(
+    self, start: int = 0, until: int | None = None
+  ) -> list[accounting.Releases]:
+    """What a branch releases from its first update on, in order of time.
+
+    Args:
+      start: its first update.
+      until: the update before which it ends; None: the end of the plan.
+
+    Returns:
+      Runs of equal releases, one per round.
+    """
+    numbers = self._rounds(start, until)
+    if not len(numbers):
+      return []
+    begins = np.flatnonzero(np.diff(numbers, prepend=-1))
+    sizes = _sizes(self.schedule)[start:until]
+    largest = np.maximum.reduceat(sizes, begins)
+    edges = np.flatnonzero(np.diff(largest, prepend=-1, append=-1))
+    return [
+      self._release(int(b - a), int(largest[a]))
+      for a, b in itertools.pairwise(edges)
+    ]
+
+  def _release(self, count: int, size: int) -> accounting.Releases:
+    noise = self.noise_multiplier
+    if not self.amplified:
+      return accounting.Releases(count, 1.0, noise)
+    prob = self._sampling_prob(size)
+    if self.sampling == "truncated_poisson":
+      return accounting.Releases(
+        count,
+        prob,
+        noise,
+        sampling=self.sampling,
+        num_examples=self.num_examples,
+        truncated_batch_size=self._truncated(size),
+      )
+    if self.sampling == "without_replacement":
+      return accounting.Releases(
+        count, prob, noise, self.sampling, self.num_examples
+      )
+    return accounting.Releases(count, prob, noise)
+
+  def _sampling_prob(self, size: int) -> float:
+    if self.sampling == "cyclic_poisson" and self.bands > 1:
+      return size / (self.num_examples // self.bands)
+    return size / self.num_examples
+
+  def _truncated(self, size: int) -> int:
+    spread = math.sqrt(size * (1 - self._sampling_prob(size)))
+    limit = math.ceil(size + self.truncation_deviations * spread)
+    return min(limit, self.num_examples)
+
+  def _rounds(self, start: int, until: int | None) -> rounds.Whole:
+    sizes = _sizes(self.schedule)[start:until]
+    return rounds.numbers(self.sampling, sizes, self.num_examples, self.bands)
 
   def as_dict(self) -> dict[str, Any]:
     """Plain data: what the ledger records and a resumed run must equal."""
@@ -206,41 +352,76 @@ def make_plan(
   """
   if num_examples < 1:
     raise ValueError(f"num_examples={num_examples}: the corpus is empty.")
-  segments = settings.schedule.segments()
-  largest = max(segments, key=lambda segment: segment.expected_batch_size)
-  if largest.expected_batch_size > num_examples:
-    raise ValueError(
-      f"expected_batch_size={largest.expected_batch_size} from update"
-      f" {largest.first_step} on exceeds the corpus of {num_examples} examples:"
-      " its sampling probability would be over 1. Lower that phase of"
-      " BatchSchedule or bring more text."
-    )
+  num_examples = settings.public_num_examples or num_examples
+  _check_sizes(settings, num_examples)
   if settings.delta >= 1 / num_examples:
     warnings.warn(
       f"delta={settings.delta:g} is not below 1/N={1 / num_examples:.3g}: such"
       " a delta allows publishing whole records. Choose a smaller delta.",
       stacklevel=2,
     )
-  noise_multiplier = settings.noise_multiplier or calibrated_noise
-  if noise_multiplier is None:
-    if settings.target_epsilon is None:
-      raise ValueError("give noise_multiplier or target_epsilon.")
-    noise_multiplier = calibration.noise_multiplier(
-      [(s.num_steps, s.expected_batch_size / num_examples) for s in segments],
-      settings.target_epsilon,
-      settings.delta,
-      settings.relation,
-    )
   fields = {
     field.name: getattr(settings, field.name)
     for field in dataclasses.fields(settings)
   }
-  fields["noise_multiplier"] = float(noise_multiplier)
-  return PrivacyPlan(num_examples=num_examples, **fields)
+  noise_multiplier = settings.noise_multiplier or calibrated_noise
+  fields["noise_multiplier"] = float(noise_multiplier or 1.0)
+  plan = PrivacyPlan(num_examples=num_examples, **fields)
+  if noise_multiplier is not None:
+    return plan
+  if settings.target_epsilon is None:
+    raise ValueError("give noise_multiplier or target_epsilon.")
+  noise_multiplier = calibration.noise_multiplier(
+    lambda noise: dataclasses.replace(plan, noise_multiplier=noise).releases(),
+    settings.target_epsilon,
+    settings.delta,
+    settings.relation,
+  )
+  return dataclasses.replace(plan, noise_multiplier=noise_multiplier)
+
+
+def _check_sizes(settings: PrivacySettings, num_examples: int) -> None:
+  """Raises ValueError if a phase expects more examples than there are."""
+  groups = settings.bands if settings.sampling == "cyclic_poisson" else 1
+  largest = max(
+    settings.schedule.segments(),
+    key=lambda segment: segment.expected_batch_size,
+  )
+  there_are = num_examples // groups
+  if largest.expected_batch_size > there_are:
+    of_them = "the corpus"
+    if groups > 1:
+      of_them = f"each of the {groups} groups (PrivacySettings.bands)"
+    raise ValueError(
+      f"expected_batch_size={largest.expected_batch_size} from update"
+      f" {largest.first_step} on exceeds {of_them} of {there_are} examples:"
+      " its sampling probability would be over 1. Lower that phase of"
+      " BatchSchedule or bring more text."
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _sizes(schedule: schedule_lib.BatchSchedule) -> rounds.Whole:
+  """Expected batch size of every update."""
+  segments = schedule.segments()
+  return np.repeat(
+    np.array([s.expected_batch_size for s in segments], np.int64),
+    [s.num_steps for s in segments],
+  )
 
 
 def differences(recorded: dict[str, Any], current: dict[str, Any]) -> list[str]:
-  """Names each field in which two plans (as plain data) differ."""
+  """Names each field in which two plans (as plain data) differ.
+
+  A setting that came later is taken to have had its default before.
+  """
+  defaults = {
+    field.name: field.default for field in dataclasses.fields(PrivacySettings)
+  }
+  recorded = {
+    **{name: defaults.get(name) for name in current},
+    **recorded,
+  }
   return [
     f"{name} was {recorded.get(name)!r} and is now {current.get(name)!r}"
     for name in sorted({*recorded, *current})

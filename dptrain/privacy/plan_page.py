@@ -13,19 +13,12 @@ from dptrain.privacy import report
 
 _Draw = tuple[Callable[[Any], None], str]
 
-_SAMPLING = {
-  "poisson": (
-    "Each update draws every record independently, with the sampling"
-    " probability of its phase (Poisson sampling). Batches cut from a shuffled"
-    " corpus have no such guarantee."
-  ),
-}
 _ALWAYS_ASSUMED = (
   "Each update adds up the clipped gradients of the records it drew, adds"
   " Gaussian noise once, with the stated noise multiplier times the sensitivity"
   " as its standard deviation, and divides by the expected batch, a constant.",
-  "The number of records, the schedule, the sampling probabilities and the"
-  " noise multiplier are public; none was chosen by looking at the records.",
+  "Schedule, sampling probabilities and noise multiplier are public; none was"
+  " chosen by looking at the records.",
   "Every update runs as planned and every checkpoint may be published. A crash"
   " that is replayed costs nothing; another run on the same records, or a"
   " continuation that differs, is not in the figure and costs its own.",
@@ -85,27 +78,30 @@ def _growth(made: forecast_lib.Forecast) -> list[_Draw]:
   plan = made.plan
   if made.epsilon.pld is None:
     return []
-  growth = curves.growth(list(plan.releases()), plan.delta, plan.relation)
+  releases = plan.releases()
+  growth = curves.growth(releases, plan.delta, plan.relation)
+  single = sum(r.count for r in releases) == plan.num_steps
+  time = "updates" if single else "rounds"
 
   def spent(axes: Any) -> None:
     axes.plot(growth.updates, growth.by_pld, label="PLD")
-    axes.plot(growth.updates, growth.by_rdp, "--", label="RDP")
+    if growth.by_rdp:
+      axes.plot(growth.updates, growth.by_rdp, "--", label="RDP")
     if plan.target_epsilon is not None:
       axes.axhline(plan.target_epsilon, color="grey", ls=":", label="budget")
-    axes.set(xlabel="updates", ylabel="epsilon", xlim=0, ylim=0)
+    axes.set(xlabel=time, ylabel="epsilon", xlim=0, ylim=0)
     axes.legend(frameon=False)
 
   def unamplified(axes: Any) -> None:
     axes.plot(growth.updates, growth.by_pld, label="with sampling")
     axes.plot(growth.updates, growth.unamplified, ":", label="without")
-    axes.set(xlabel="updates", ylabel="epsilon", yscale="log", xlim=0)
+    axes.set(xlabel=time, ylabel="epsilon", yscale="log", xlim=0)
     axes.legend(frameon=False)
 
   return [
     (
       spent,
-      f"Epsilon at delta {plan.delta:g} after so many updates, by both"
-      " accountants.",
+      f"Epsilon at delta {plan.delta:g} after so many {time}.",
     ),
     (unamplified, "The same, and as if every update read every record."),
   ]
@@ -210,7 +206,7 @@ def _assumptions(made: forecast_lib.Forecast) -> list[str]:
   plan = made.plan
   assumed = [
     f"Neighbouring corpora: {report.RELATION_TEXT[plan.relation]}.",
-    *(_SAMPLING[name] for name in (plan.sampling,) if name in _SAMPLING),
+    f"Sampling, {report.SAMPLING_TEXT[plan.sampling]}.",
     *_ALWAYS_ASSUMED,
   ]
   if plan.adaptive_quantile is not None:
@@ -228,27 +224,31 @@ def _assumptions(made: forecast_lib.Forecast) -> list[str]:
 
 
 def _again(made: forecast_lib.Forecast, command: Sequence[str]) -> str:
-  epsilon = made.epsilon
+  plan, epsilon = made.plan, made.epsilon
   how = f"{epsilon.accountant}, {epsilon.settings}"
   versions = ", ".join(f"{k} {v}" for k, v in report.versions().items())
-  limit = accounting.MAX_EPSILON_FOR_PLD
-  pld = (
-    f"not computed (beyond epsilon {limit:g}, or delta too small)"
-    if epsilon.pld is None
-    else report.rounded_up(epsilon.pld)
-  )
-  return (
-    f"<pre>{html.escape(_typed(command))}</pre>"
-    "<p>The same with <code>--format json</code> gives the figures. To"
-    " recompute epsilon without dptrain, compose for each phase of the table"
+  bounds = [
+    f"by {name} {report.rounded_up(bound)}"
+    for name, bound in (("RDP", epsilon.rdp), ("PLD", epsilon.pld))
+    if bound is not None
+  ]
+  bounds += [epsilon.note] if epsilon.note else []
+  composed = (
+    " To recompute epsilon without dptrain, compose for each phase of the table"
     " <code>PoissonSampledDpEvent(sampling prob, GaussianDpEvent(noise"
     " multiplier))</code> as many times as it has updates, with dp_accounting's"
     " <code>PLDAccountant</code> or <code>RdpAccountant</code> under"
-    " <code>NeighboringRelation.REPLACE_SPECIAL</code>. A run of this plan"
-    " writes the same releases into its ledger, and its report quotes the same"
-    " epsilon.</p>"
-    f'<p class="small">Epsilon by {html.escape(how)}; by RDP'
-    f" {report.rounded_up(epsilon.rdp)}, by PLD {html.escape(pld)}. Computed by"
+    f" <code>NeighboringRelation.{accounting.RELATIONS[plan.relation].name}"
+    "</code>."
+  )
+  return (
+    f"<pre>{html.escape(_typed(command))}</pre>"
+    "<p>The same with <code>--format json</code> gives the figures."
+    f"{composed if plan.sampling == 'poisson' else ''}"
+    " A run of this plan writes the same releases into its ledger, and its"
+    " report quotes the same epsilon.</p>"
+    f'<p class="small">Epsilon by {html.escape(how)}:'
+    f" {html.escape('; '.join(bounds))}. Computed by"
     f" {html.escape(versions)}.</p>"
   )
 

@@ -25,10 +25,41 @@ RELATION_TEXT = {
     "zero-out: two corpora of the same public size that differ in one unit,"
     " which one of them replaces by a unit that contributes nothing"
   ),
+  "replace_one": (
+    "replace-one: two corpora of the same public size that differ in one unit"
+  ),
+  "add_or_remove_one": (
+    "add-or-remove-one: two corpora, one of which has one unit more; how many"
+    " there are is private"
+  ),
 }
+SAMPLING_TEXT = {
+  "poisson": "poisson: each record independently, at each update",
+  "truncated_poisson": (
+    "truncated poisson: each record independently, at each update; a sample"
+    " beyond the limit is cut to it at random, which is priced"
+  ),
+  "without_replacement": (
+    "without replacement: a uniformly random set of a fixed size, at each"
+    " update"
+  ),
+  "shuffled": (
+    "shuffled: passes over all records in random order, priced without"
+    " amplification: a record takes part once in each round (pass)"
+  ),
+  "balls_in_bins": (
+    "balls in bins: each record in one of several bins, at random, which take"
+    " turns; priced without amplification: a record takes part once in each"
+    " round"
+  ),
+  "cyclic_poisson": (
+    "cyclic poisson: groups of records take turns, at random within the group;"
+    " a record takes part at most once in each round"
+  ),
+}
+_PUBLIC_NUMBER = "The number of records is treated as public."
 # True of every run, whatever its configuration.
 _ALWAYS_UNPROTECTED = (
-  "The number of records is treated as public.",
   "Text that occurs in several records is protected once per record, not as a"
   " whole.",
   "Choices made by looking at results on this corpus (hyper-parameters, when to"
@@ -59,6 +90,7 @@ class PrivacyReport:
     epsilon_without_amplification: for comparison, every update priced as if it
       had read every record.
     num_releases: updates released, over all branches.
+    num_rounds: rounds of updates that they are priced by (`rounds`).
     branches: per branch: name, parent, fork step, updates.
     schedule: runs of equal releases: count, sampling_prob, noise_multiplier.
     unprotected: what the guarantee does not cover.
@@ -74,6 +106,7 @@ class PrivacyReport:
   epsilon: accounting.Epsilon
   epsilon_without_amplification: float
   num_releases: int
+  num_rounds: int
   branches: list[dict[str, Any]]
   schedule: list[dict[str, Any]]
   unprotected: list[str]
@@ -128,6 +161,7 @@ class PrivacyReport:
     """Its terms, as pairs of a name and a value."""
     eps, plan = self.epsilon, self.plan
     budget = plan["target_epsilon"]
+    rdp = rounded_up(eps.rdp) if eps.rdp is not None else "none"
     pld = rounded_up(eps.pld) if eps.pld is not None else eps.note
     unamplified = rounded_up(self.epsilon_without_amplification)
     return [
@@ -138,20 +172,27 @@ class PrivacyReport:
         f"{rounded_up(eps.value)} ({eps.accountant}, {eps.settings})",
       ),
       ("delta", f"{self.delta}"),
-      ("epsilon by RDP / PLD", f"{rounded_up(eps.rdp)} / {pld}"),
+      ("epsilon by RDP / PLD", f"{rdp} / {pld}"),
       (
         "without amplification",
         f"{unamplified} (as if every update had read every record)",
       ),
       ("budget", "none" if budget is None else f"epsilon {budget:g}"),
-      ("records", f"{plan['num_examples']:,}"),
-      (
-        "sampling",
-        f"{plan['sampling']}: each record independently, at each update",
-      ),
+      ("records", f"{plan['num_examples']:,}{self._estimated()}"),
+      ("sampling", SAMPLING_TEXT[plan["sampling"]]),
       ("clipping", self._clipping()),
-      ("noise multiplier", f"{plan['noise_multiplier']:g}"),
+      ("noise multiplier", f"{plan['noise_multiplier']:g}{self._banded()}"),
     ]
+
+  def _estimated(self) -> str:
+    private = self.plan["relation"] == "add_or_remove_one"
+    return " (a public estimate)" if private else ""
+
+  def _banded(self) -> str:
+    bands = self.plan.get("bands", 1)
+    if bands == 1:
+      return ""
+    return f"; noise of {bands} updates in a row is correlated (BandMF)"
 
   def _clipping(self) -> str:
     plan, norm = self.plan, self.clip_norm
@@ -173,10 +214,17 @@ class PrivacyReport:
     lines = [
       "  updates   sampling probability   expected batch   noise multiplier"
     ]
+    if self.num_rounds != self.num_releases:
+      lines = [
+        f"  Priced by rounds of updates: {self.num_rounds} of them.",
+        "   rounds   sampling probability                    noise multiplier",
+      ]
     for row in self.schedule:
-      size = row["sampling_prob"] * self.plan["num_examples"]
+      size = f"{row['sampling_prob'] * self.plan['num_examples']:14,.0f}"
+      if self.num_rounds != self.num_releases:
+        size = " " * 14
       lines.append(
-        f"  {row['count']:7d}   {row['sampling_prob']:20.6g}   {size:14,.0f}  "
+        f"  {row['count']:7d}   {row['sampling_prob']:20.6g}   {size}  "
         f" {row['noise_multiplier']:16.6g}"
       )
     lines.append(f"  {self.num_releases} updates in all")
@@ -212,9 +260,12 @@ def make_report(ledger: ledger_lib.Ledger) -> PrivacyReport:
     delta=plan["delta"],
     epsilon=accounting.epsilon(releases, plan["delta"], plan["relation"]),
     epsilon_without_amplification=accounting.epsilon_without_amplification(
-      releases, plan["delta"]
+      releases, plan["delta"], plan["relation"]
     ),
-    num_releases=sum(release.count for release in releases),
+    num_releases=sum(
+      ledger.num_releases(branch.name) for branch in ledger.branches
+    ),
+    num_rounds=sum(release.count for release in releases),
     branches=[
       {
         "name": branch.name,
@@ -225,7 +276,11 @@ def make_report(ledger: ledger_lib.Ledger) -> PrivacyReport:
       for branch in ledger.branches
     ],
     schedule=[dataclasses.asdict(release) for release in releases],
-    unprotected=[*ledger.unprotected, *_ALWAYS_UNPROTECTED],
+    unprotected=[
+      *ledger.unprotected,
+      *([] if plan["relation"] == "add_or_remove_one" else [_PUBLIC_NUMBER]),
+      *_ALWAYS_UNPROTECTED,
+    ],
     versions=versions(),
   )
 

@@ -1,5 +1,6 @@
 """The privacy report as one self-contained page, for browser and printer."""
 
+import dataclasses
 import html
 from typing import Any
 
@@ -28,9 +29,12 @@ def make_page(ledger: ledger_lib.Ledger) -> str:
     page.claim(made.statement()),
     page.terms(made.facts()),
   ]
-  if releases and made.epsilon.value <= accounting.MAX_EPSILON_FOR_PLD:
+  if releases and made.epsilon.pld is not None:
     parts += _figures(made, releases, relation)
-    parts.append(_groups(made, releases, relation))
+    # Of a group, one record's updates may border on another's.
+    alone = made.plan.get("bands", 1) == 1
+    if alone and curves.prices_groups(releases, relation):
+      parts.append(_groups(made, releases, relation))
   parts += [
     "<h2>What was released</h2>",
     _released(made),
@@ -43,15 +47,14 @@ def make_page(ledger: ledger_lib.Ledger) -> str:
 
 
 def _in_order(ledger: ledger_lib.Ledger) -> list[accounting.Releases]:
-  """Runs of equal releases, branch after branch, in the order of updates."""
-  return [
-    accounting.Releases(
-      run["last_step"] - run["first_step"] + 1,
-      run["sampling_prob"],
-      run["noise_multiplier"],
-    )
-    for run in ledger.segments()
-  ]
+  """Runs of equal releases, branch after branch, in the order of rounds."""
+  found: list[accounting.Releases] = []
+  for release in ledger.releases_in_order():
+    if found and dataclasses.replace(found[-1], count=1) == release:
+      found[-1] = dataclasses.replace(found[-1], count=found[-1].count + 1)
+    else:
+      found.append(release)
+  return found
 
 
 def _figures(
@@ -64,7 +67,8 @@ def _figures(
 
   def spent(axes: Any) -> None:
     axes.plot(growth.updates, growth.by_pld, label="PLD")
-    axes.plot(growth.updates, growth.by_rdp, "--", label="RDP")
+    if growth.by_rdp:
+      axes.plot(growth.updates, growth.by_rdp, "--", label="RDP")
     axes.set(xlabel="updates", ylabel="epsilon", ylim=0)
     axes.legend(frameon=False)
 
@@ -105,7 +109,11 @@ def _figures(
       " this often, for each rate of false alarms; dotted: pure guessing.",
     ),
   )
-  return ["<h2>Behind the number</h2>", page.plots(drawn)]
+  shown = list(drawn)
+  if made.num_rounds != made.num_releases:
+    # What is priced are rounds, of several updates each.
+    shown = [pair for pair in drawn if pair[0] is not schedule]
+  return ["<h2>Behind the number</h2>", page.plots(shown)]
 
 
 def _groups(

@@ -17,10 +17,12 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
 from dptrain.privacy import budget
+from dptrain.privacy import draws
 from dptrain.privacy import ledger as ledger_lib
 from dptrain.privacy import report as report_lib
 from dptrain.training import checkpoints as checkpoints_lib
@@ -89,6 +91,7 @@ class Launch:
     self.limit = self.plan.num_steps
     self.on_report: Callable[[float], None] = lambda _: None
     self._branch = self._reported = ""
+    self._start = 0
 
   def close(self) -> None:
     """Writes the last report and lets go of MODEL_DIR."""
@@ -143,20 +146,21 @@ class Launch:
       )
     )
 
-    def opened() -> tuple[str, int]:
+    def opened() -> tuple[str, int, int]:
       if not fresh:
         self._check_line(ledger_head, step)
-      name = self.ledger.open_branch(
+      found = self.ledger.open_branch(
         checkpoint_branch="" if fresh else branch.tobytes().hex(),
         checkpoint_step=step,
         lineage=self.prepared.lineage,
         environment=environment,
         state=digest,
         intact=fresh or intact,
-      ).name
-      return name, budget.last_affordable(self.plan, self.ledger, name, step)
+      )
+      limit = budget.last_affordable(self.plan, self.ledger, found.name, step)
+      return found.name, found.fork_step, limit
 
-    self._branch, self.limit = processes.first(opened)
+    self._branch, self._start, self.limit = processes.first(opened)
     if not (fresh or intact):
       progress.say(
         f"the checkpoint of update {step} was saved or restored in another"
@@ -180,6 +184,16 @@ class Launch:
     key = self.prepared.seed.key(purpose, self._branch, step)
     return np.asarray(jax.random.key_data(key))
 
+  def drawn(self, step: int) -> npt.NDArray[np.int64]:
+    """The records of update `step` of the open branch."""
+
+    def key_of(purpose: str, step: int) -> jax.Array:
+      words = jnp.asarray(self.key(purpose, step))
+      return jax.random.wrap_key_data(words, impl="threefry2x32")
+
+    number = self.prepared.store.num_examples
+    return draws.draw(self.plan, key_of, number, step, self._start)
+
   def record(self, step: int) -> tuple[Bytes, Bytes]:
     """Writes update `step` into the ledger; call it before the update.
 
@@ -189,7 +203,8 @@ class Launch:
     """
 
     def written() -> str:
-      self.ledger.record(self._branch, step, self.plan.release(step))
+      number = self.plan.round_number(step, self._start)
+      self.ledger.record(self._branch, step, self.plan.release(step), number)
       return self.ledger.head
 
     return _bytes(self._branch), _bytes(processes.first(written))

@@ -12,13 +12,10 @@ from typing import Any
 
 from airio import core as airio
 from clu.data import dataset_iterator
-import jax
-import jax.numpy as jnp
 import numpy as np
 from t5x import utils
 
 from dptrain.data import batches
-from dptrain.privacy import sampling
 from dptrain.t5x_bridge import launch as launch_lib
 
 Batch = dict[str, np.ndarray]
@@ -30,9 +27,9 @@ class PoissonBatches(airio.AirIODatasetIterator):
   t5x hands an `AirIODatasetIterator` to the trainer as it is; `PrivateTrainer`
   asks it for updates by number and never for a next element.
 
-  Formal guarantee: the sample of update t is `poisson_sample` under the plan's
-  probability and the branch's key. Nothing is truncated or dropped: the last
-  physical batch is filled up with padding rows.
+  Formal guarantee: the sample of update t is `draws.draw` under the plan and
+  the branch's keys. Nothing is dropped: the last physical batch is filled up
+  with padding rows.
   """
 
   def __init__(
@@ -54,13 +51,7 @@ class PoissonBatches(airio.AirIODatasetIterator):
 
   def physical_batches(self, step: int) -> Iterator[Batch]:
     """Deals out the sample of update `step`; the number of batches varies."""
-    plan, store = self._launch.plan, self._launch.prepared.store
-    words = self._launch.key("sampling", step)
-    indices = sampling.poisson_sample(
-      jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32"),
-      plan.num_examples,
-      plan.sampling_prob(step),
-    )
+    store, indices = self._launch.prepared.store, self._launch.drawn(step)
     yield from batches.physical_batches(store, indices, self._size, self._rows)
 
   @property

@@ -13,9 +13,9 @@ import numpy as np
 from dptrain.data import batches
 from dptrain.privacy import accounting
 from dptrain.privacy import budget
+from dptrain.privacy import draws
 from dptrain.privacy import ledger as ledger_lib
 from dptrain.privacy import report as report_lib
-from dptrain.privacy import sampling
 from dptrain.training import checkpoints as checkpoints_lib
 from dptrain.training import evaluation as evaluation_lib
 from dptrain.training import lineage as lineage_lib
@@ -214,7 +214,10 @@ class _Loop:
     # On every process the update is dispatched after this returned, and this
     # returns after the line is on disk: whoever is killed when, no parameters
     # exist that the ledger does not know.
-    processes.first(lambda: self.ledger.record(self.branch.name, step, release))
+    number = self.plan.round_number(step, self.branch.fork_step)
+    processes.first(
+      lambda: self.ledger.record(self.branch.name, step, release, number)
+    )
     params, opt_state, statistics = self.finish(
       state["params"],
       state["opt_state"],
@@ -228,12 +231,13 @@ class _Loop:
   def _drawn(self, step: int) -> np.ndarray:
     """The records of update `step`; asked early, while the devices compute."""
     if step not in self.draws:
-      release = self.plan.release(step)
       with _on_host():
-        indices = sampling.poisson_sample(
-          self._key("sampling", step),
-          self.plan.num_examples,
-          release.sampling_prob,
+        indices = draws.draw(
+          self.plan,
+          self._key,
+          self.prepared.store.num_examples,
+          step,
+          self.branch.fork_step,
         )
       self.draws = {step: indices}
     return self.draws[step]

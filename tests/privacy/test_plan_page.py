@@ -78,7 +78,17 @@ def test_without_pld_there_is_no_curve_of_it(changes):
   assert made.epsilon.pld is None
   page = read(made)
   assert page.count("svg") == 2
-  assert "by PLD not computed" in page.words()
+  assert "PLD not computed" in page.words()
+
+
+def test_passes_in_random_order_are_priced_by_rounds():
+  made = forecast(
+    phases=[(2500, 2500, 12)], sampling="shuffled", noise_multiplier=8.0
+  )
+  page = read(made)
+  assert ">rounds<" in page.page
+  assert "PoissonSampledDpEvent" not in page.words()
+  assert "passes over all records" in page.words()
 
 
 def test_a_schedule_that_no_noise_fits_is_left_out_of_the_plot():
