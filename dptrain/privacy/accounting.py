@@ -31,7 +31,7 @@ RDP_ORDERS = tuple(
   + [80, 96, 128, 192, 256, 512, 1024, 2048, 4096]
 )
 
-# Enough to tell which noise to try first.
+# Enough to tell which noise to try first, and which orders.
 FEW_RDP_ORDERS = (1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 12, 16, 32, 63, 256, 1024)
 
 # Grids of PLD. On one of width i, T updates cost some T i^2 / epsilon more than
@@ -124,7 +124,7 @@ def _bound(
     return Epsilon(math.inf, "RDP", "no noise", math.inf, None, note)
   by_rdp, order = None, 0.0
   if has_rdp(composed, relation):
-    by_rdp, order = rdp_bound(composed, delta, relation, RDP_ORDERS)
+    by_rdp, order = best_rdp(composed, delta, relation)
   by_pld, interval, note = _pld_if_possible(
     composed, delta, relation, quick, by_rdp
   )
@@ -203,11 +203,36 @@ def rdp_bound(
   orders: Sequence[float],
 ) -> tuple[float, float]:
   """Epsilon by Renyi DP and the order that gave it."""
+  return _rdp_bound(tuple(composed), delta, relation, tuple(orders))
+
+
+@functools.lru_cache(maxsize=256)
+def _rdp_bound(
+  composed: tuple[Releases, ...],
+  delta: float,
+  relation: str,
+  orders: tuple[float, ...],
+) -> tuple[float, float]:
   renyi = rdp.RdpAccountant(orders, neighboring_relation=_relation(relation))
   with without_order_warnings():
     renyi.compose(event(composed))
   value, order = renyi.get_epsilon_and_optimal_order(delta)
   return float(value), float(order)
+
+
+def best_rdp(
+  composed: Sequence[Releases], delta: float, relation: str
+) -> tuple[float, float]:
+  """`rdp_bound` by the best of `RDP_ORDERS`, asking those near the best few.
+
+  Any order gives a valid bound; a better one elsewhere was never seen.
+  """
+  few = FEW_RDP_ORDERS
+  _, best = rdp_bound(composed, delta, relation, few)
+  low = max((order for order in few if order < best), default=0.0)
+  high = min((order for order in few if order > best), default=math.inf)
+  near = [order for order in RDP_ORDERS if low <= order <= high]
+  return rdp_bound(composed, delta, relation, near)
 
 
 @functools.lru_cache(maxsize=64)
@@ -289,19 +314,12 @@ def epsilon_without_amplification(
 def _is_within(
   releases: Sequence[Releases], budget: float, delta: float, relation: str
 ) -> bool:
-  """Whether `epsilon` is at most `budget`; RDP is asked only if it must be."""
+  """Whether `epsilon` is at most `budget`; PLD is asked only if it must be."""
   composed = tuple(merged(releases))
-  if composed and not _without_noise(composed):
-    if has_rdp(composed, relation):
-      rough, _ = rdp_bound(composed, delta, relation, FEW_RDP_ORDERS)
-      if rough <= budget:
-        return True
-    else:
-      rough = rough_bound(composed, delta, relation)
-    if rough <= MAX_EPSILON_FOR_PLD and has_pld(composed, relation):
-      interval = pld_interval(composed, delta, relation)
-      if pld_bound(composed, delta, relation, interval) <= budget:
-        return True
+  if composed and not _without_noise(composed) and has_rdp(composed, relation):
+    rough, _ = rdp_bound(composed, delta, relation, FEW_RDP_ORDERS)
+    if rough <= budget:
+      return True
   return epsilon(releases, delta, relation).value <= budget
 
 

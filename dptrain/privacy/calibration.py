@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import math
 
+import numpy as np
 from scipy import optimize
 
 from dptrain.privacy import accounting
@@ -14,6 +15,8 @@ _NOISE_TOLERANCE = 1e-4
 _SMALLEST_EPSILON = 1e-12
 # By how much log epsilon rises when log noise falls, more or less.
 _USUAL_SLOPE = 2.5
+# A search among as many mechanisms finds what is then checked with all.
+_SEARCHED_MECHANISMS = 8
 
 
 def noise_multiplier(
@@ -48,8 +51,67 @@ def noise_multiplier(
     return noise > 0 and search.quoted(noise) <= target_epsilon
 
   # The root is good to a few steps; what counts is the bound that is quoted.
-  steps = max(1, round(math.exp(root) / _NOISE_TOLERANCE))
+  steps = round(_rounded(root) / _NOISE_TOLERANCE)
   return round(_first_that_fits(fits, steps) * _NOISE_TOLERANCE, 4)
+
+
+def _root(
+  excess: Callable[[float, float], float],
+  start: float,
+  gap: float,
+  offset: float,
+) -> float:
+  """Where `excess` is 0, from a `start` where it is about `gap`."""
+  found = optimize.root_scalar(
+    excess,
+    args=(offset,),
+    x0=start,
+    x1=start + (gap / _USUAL_SLOPE or -0.01),
+    xtol=10 * _NOISE_TOLERANCE,
+    maxiter=12,
+  )
+  return float(found.root) if found.converged else start
+
+
+def _log(epsilon: float) -> float:
+  return math.log(max(epsilon, _SMALLEST_EPSILON))
+
+
+def _rounded(log_noise: float) -> float:
+  """The noise multiplier, of 4 decimals, that is nearest."""
+  steps = max(1, round(math.exp(log_noise) / _NOISE_TOLERANCE))
+  return round(steps * _NOISE_TOLERANCE, 4)
+
+
+def _thinned(
+  releases: tuple[accounting.Releases, ...],
+) -> tuple[accounting.Releases, ...]:
+  """Fewer kinds of releases that cost about as much; no bound.
+
+  Epsilon goes by the square of a small sampling probability: neighbours of one
+  kind get the root of their mean square.
+  """
+  if len(releases) <= _SEARCHED_MECHANISMS:
+    return releases
+  kinds: dict[accounting.Releases, list[accounting.Releases]] = {}
+  for release in sorted(releases, key=lambda r: r.sampling_prob):
+    kind = dataclasses.replace(
+      release, count=1, sampling_prob=0.0, truncated_batch_size=0
+    )
+    kinds.setdefault(kind, []).append(release)
+  few = []
+  for alike in kinds.values():
+    num_parts = min(len(alike), _SEARCHED_MECHANISMS)
+    for part in np.array_split(np.arange(len(alike)), num_parts):
+      members = [alike[i] for i in part]
+      count = sum(r.count for r in members)
+      square = sum(r.count * r.sampling_prob**2 for r in members) / count
+      few.append(
+        dataclasses.replace(
+          members[-1], count=count, sampling_prob=math.sqrt(square)
+        )
+      )
+  return tuple(few)
 
 
 def _first_that_fits(fits: Callable[[int], bool], start: int) -> int:
@@ -76,8 +138,7 @@ class _Search:
 
   def excess(self, bound: Callable[[float], float], log_noise: float) -> float:
     """log(epsilon / target): falls with the noise, 0 where it is right."""
-    spent = bound(math.exp(log_noise))
-    return math.log(max(spent, _SMALLEST_EPSILON) / self.target_epsilon)
+    return _log(bound(math.exp(log_noise))) - math.log(self.target_epsilon)
 
   def quoted(self, noise: float) -> float:
     """What `accounting.epsilon` says."""
@@ -94,7 +155,7 @@ class _Search:
 
   def by_few_orders(self, noise: float) -> float:
     """By RDP, loosely; where it has no bound, about right."""
-    composed = self._releases(noise)
+    composed = _thinned(self._releases(noise))
     if not self.has_rdp():
       return accounting.rough_bound(composed, self.delta, self.relation)
     orders = accounting.FEW_RDP_ORDERS
@@ -132,25 +193,28 @@ class _Search:
       self._releases(math.exp(start)), self.delta, self.relation
     )
 
-    def excess(log_noise: float) -> float:
-      return self.excess(
-        lambda noise: accounting.pld_bound(
-          self._releases(noise), self.delta, self.relation, interval
-        ),
-        log_noise,
-      )
+    def by_few(noise: float) -> float:
+      few = _thinned(self._releases(noise))
+      return accounting.pld_bound(few, self.delta, self.relation, interval)
 
-    gap = excess(start)
+    def excess(log_noise: float, offset: float) -> float:
+      return offset + self.excess(by_few, log_noise)
+
+    gap = excess(start, 0.0)
     if gap > 0 and self.has_rdp():
       return start  # a coarse grid can lose to RDP
-    found = optimize.root_scalar(
-      excess,
-      x0=start,
-      x1=start + (gap / _USUAL_SLOPE or -0.01),
-      xtol=10 * _NOISE_TOLERANCE,
-      maxiter=12,
-    )
-    return float(found.root) if found.converged else start
+    root = _root(excess, start, gap, 0.0)
+    # By how much the search prices too low: the same nearby.
+    noise = _rounded(root)
+    offset = _log(self._quoted_pld(noise)) - _log(by_few(noise))
+    if abs(offset) * noise < _NOISE_TOLERANCE:
+      return root
+    return _root(excess, root, offset, offset)
+
+  def _quoted_pld(self, noise: float) -> float:
+    releases, asked = self._releases(noise), (self.delta, self.relation)
+    interval = accounting.pld_interval(releases, *asked)
+    return accounting.pld_bound(releases, *asked, interval)
 
   def _releases(self, noise: float) -> tuple[accounting.Releases, ...]:
     return tuple(accounting.merged(self.releases_of(noise)))

@@ -6,6 +6,7 @@ import warnings
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
+import numpy as np
 import pytest
 
 from dptrain.privacy import accounting
@@ -236,3 +237,36 @@ def test_differences_name_the_fields():
 def test_a_plan_cannot_be_changed():
   with pytest.raises(dataclasses.FrozenInstanceError):
     make().noise_multiplier = 0.1
+
+
+@pytest.mark.parametrize("ramp", ["linear", "geometric"])
+def test_few_sizes_cost_what_a_size_of_its_own_for_each_update_would(ramp):
+  steps, size, orders = 20_000, 346_000_000, (4, 5, 6, 8)
+  made = make_plan(
+    PrivacySettings(
+      schedule=BatchSchedule([Phase(262_144, 1_048_576, steps, ramp)]),
+      delta=2.89e-9,
+      noise_multiplier=0.77,
+    ),
+    size,
+  )
+  few = made.releases()
+  # What is priced is what is sampled, update by update.
+  for step in range(0, steps, 97):
+    [one] = [
+      r for r in few if r.sampling_prob == made.expected_batch_size(step) / size
+    ]
+    assert one == dataclasses.replace(made.release(step), count=one.count)
+  assert len(few) == 64
+  assert sum(r.count for r in few) == steps
+  space = np.linspace if ramp == "linear" else np.geomspace
+  own = [
+    Releases(1, int(batch) / size, 0.77)
+    for batch in space(262_144, 1_048_576, steps).round()
+  ]
+  assert len(set(own)) == steps
+  price = [
+    accounting.rdp_bound(releases, 2.89e-9, "zero_out", orders)[0]
+    for releases in (few, own)
+  ]
+  assert price[0] == pytest.approx(price[1], rel=0.01)
