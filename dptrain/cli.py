@@ -62,11 +62,21 @@ def _join_processes(arguments: argparse.Namespace) -> None:
 def _plan(arguments: argparse.Namespace) -> int:
   from dptrain import planning
 
-  made = planning.forecast(arguments)
+  made: Any = (
+    planning.advise(arguments)
+    if arguments.advise
+    else planning.forecast(arguments)
+  )
   if arguments.format == "html":
+    from dptrain.privacy import advice_page
     from dptrain.privacy import plan_page
 
-    print(plan_page.make_page(made, command=arguments.as_typed), end="")
+    page = (
+      advice_page.make_page(made)
+      if arguments.advise
+      else plan_page.make_page(made, command=arguments.as_typed)
+    )
+    print(page, end="")
     return 0
   print(
     made.as_json() if arguments.format == "json" else made.as_text(), end=""
@@ -203,6 +213,15 @@ def _add_plan_flags(parser: argparse.ArgumentParser) -> None:
     default="",
     metavar="SIZE[,SIZE]",
     help="constant batch sizes to price at the same epsilon",
+  )
+  parser.add_argument(
+    "--advise",
+    action="store_true",
+    help="what arXiv 2501.18914 predicts for --num_examples and --epsilon, and"
+    " perhaps --flops: model, updates, batch, loss",
+  )
+  parser.add_argument(
+    "--flops", type=float, metavar="X", help="compute to spend, for --advise"
   )
   parser.add_argument(
     "--format", choices=("text", "json", "html"), default="text"

@@ -4,11 +4,20 @@ import argparse
 import pathlib
 from typing import Any
 
+from dptrain.privacy import advice as advice_lib
 from dptrain.privacy import forecast as forecast_lib
 from dptrain.privacy import plan as plan_lib
 from dptrain.privacy import schedule as schedule_lib
 
 _GIN_FLAGS = ("delta", "epsilon", "noise_multiplier", "phase")
+_NOT_FOR_ADVICE = (
+  "gin_file",
+  "phase",
+  "noise_multiplier",
+  "compare",
+  "num_parameters",
+  "sequence_length",
+)
 
 
 def forecast(arguments: argparse.Namespace) -> forecast_lib.Forecast:
@@ -25,6 +34,11 @@ def forecast(arguments: argparse.Namespace) -> forecast_lib.Forecast:
   Raises:
     ValueError: a flag is missing, or contradicts the gin file.
   """
+  if arguments.flops is not None:
+    raise ValueError(
+      f"--flops={arguments.flops:g} is read with --advise only: add that, or"
+      " leave it out."
+    )
   run = _run(arguments) if arguments.gin_file else None
   settings = _settings(arguments) if run is None else run.privacy
   plan = plan_lib.make_plan(settings, _num_examples(arguments, run))
@@ -36,6 +50,36 @@ def forecast(arguments: argparse.Namespace) -> forecast_lib.Forecast:
       for size in arguments.compare.split(",")
       if size
     ],
+  )
+
+
+def advise(arguments: argparse.Namespace) -> advice_lib.Advice:
+  """The advice that the flags of `dptrain plan --advise` ask for.
+
+  Args:
+    arguments: the flags: `num_examples` and `epsilon`, perhaps `delta` and
+      `flops`.
+
+  Returns:
+    The advice.
+
+  Raises:
+    ValueError: a flag is missing, or is one that advice would decide.
+  """
+  for name in _NOT_FOR_ADVICE:
+    if getattr(arguments, name):
+      raise ValueError(
+        f"--{name} and --advise are both given; advice chooses model and"
+        " schedule: leave one of the two out."
+      )
+  for name in ("num_examples", "epsilon"):
+    if getattr(arguments, name) is None:
+      raise ValueError(f"--{name} is missing: --advise needs it.")
+  return advice_lib.advise(
+    _whole("num_examples", arguments.num_examples),
+    arguments.epsilon,
+    delta=arguments.delta,
+    flops=arguments.flops,
   )
 
 

@@ -46,9 +46,25 @@ def test_as_a_page(capsys):
   assert "--phase=100:20" in out
 
 
+@pytest.mark.parametrize("form", ["text", "json", "html"])
+def test_advice(capsys, form):
+  flags = ["--advise", "--num_examples=1e5", "--epsilon=2"]
+  status, out, _ = run(capsys, *flags, f"--format={form}")
+  assert status == 0
+  assert "arXiv 2501.18914" in out
+  assert "--phase=" in out
+  if form == "json":
+    assert json.loads(out)["num_examples"] == 100_000
+
+
 @pytest.mark.parametrize(
   ("argv", "message"),
   [
+    (["--advise", *FLAGS, "--epsilon=1"], "--phase and --advise are both"),
+    (["--advise", "--num_examples=1e6"], "--epsilon is missing: --advise"),
+    (["--advise", "--epsilon=1"], "--num_examples is missing: --advise"),
+    (["--advise", "--num_examples=9", "--epsilon=1"], "too far off"),
+    ([*FLAGS, "--epsilon=1", "--flops=1e20"], "read with --advise only"),
     ([*FLAGS[1:], "--epsilon=1"], "--num_examples is missing"),
     (["--num_examples=10", "--phase=9:9"], "--delta is missing"),
     (["--num_examples=10", "--delta=1e-6"], "--phase is missing"),

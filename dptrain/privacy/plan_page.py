@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 import html
-import shlex
 from typing import Any
 
 from dptrain.privacy import accounting
@@ -26,7 +25,6 @@ _ALWAYS_ASSUMED = (
   " (metrics, vocabulary) is published, or its loss is accepted.",
 )
 
-_COMMAND_WIDTH = 76
 # From here on, dots are told apart better on a logarithmic axis.
 _WIDE_RANGE = 20
 
@@ -225,6 +223,7 @@ def _assumptions(made: forecast_lib.Forecast) -> list[str]:
 
 def _again(made: forecast_lib.Forecast, command: Sequence[str]) -> str:
   plan, epsilon = made.plan, made.epsilon
+  typed = "\n".join(report.typed(command))
   how = f"{epsilon.accountant}, {epsilon.settings}"
   versions = ", ".join(f"{k} {v}" for k, v in report.versions().items())
   bounds = [
@@ -242,7 +241,7 @@ def _again(made: forecast_lib.Forecast, command: Sequence[str]) -> str:
     "</code>."
   )
   return (
-    f"<pre>{html.escape(_typed(command))}</pre>"
+    f"<pre>{html.escape(typed)}</pre>"
     "<p>The same with <code>--format json</code> gives the figures."
     f"{composed if plan.sampling == 'poisson' else ''}"
     " A run of this plan writes the same releases into its ledger, and its"
@@ -251,14 +250,3 @@ def _again(made: forecast_lib.Forecast, command: Sequence[str]) -> str:
     f" {html.escape('; '.join(bounds))}. Computed by"
     f" {html.escape(versions)}.</p>"
   )
-
-
-def _typed(command: Sequence[str]) -> str:
-  """In lines that a shell takes as one."""
-  lines = [""]
-  for word in command:
-    word = shlex.quote(word)
-    if lines[-1] and len(lines[-1]) + len(word) > _COMMAND_WIDTH:
-      lines.append("   ")
-    lines[-1] += f" {word}" if lines[-1] else word
-  return " \\\n".join(lines)

@@ -3,6 +3,7 @@
 Everything in it is computed from the ledger alone.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import datetime
 import decimal
@@ -10,6 +11,7 @@ import importlib.metadata
 import json
 import math
 import pathlib
+import shlex
 import textwrap
 from typing import Any
 
@@ -362,3 +364,14 @@ def table(rows: list[tuple[str, str]]) -> list[str]:
       subsequent_indent=" " * width,
     )
   ]
+
+
+def typed(command: Sequence[str]) -> list[str]:
+  """A command in lines of at most 80 columns that a shell takes as one."""
+  lines = [""]
+  for word in command:
+    word = shlex.quote(word)
+    if lines[-1] and len(lines[-1]) + len(word) > 77:
+      lines.append("   ")
+    lines[-1] += f" {word}" if lines[-1] else word
+  return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
