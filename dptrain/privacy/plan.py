@@ -5,7 +5,7 @@ corpus into a `PrivacyPlan`. Nothing else in dptrain holds a sampling
 probability, an expected batch size or a noise multiplier.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import dataclasses
 from typing import Any
 import warnings
@@ -14,6 +14,7 @@ from dptrain.privacy import accounting
 from dptrain.privacy import calibration
 from dptrain.privacy import schedule as schedule_lib
 
+METRICS = ("loss", "accuracy", "clip_fraction", "gradient_norm")
 CLIPPING_RULES = ("flat", "normalized", "automatic")
 _SMALLEST_NORM = 1e-10  # as `clipping.rules.SMALLEST_NORM`
 
@@ -39,6 +40,12 @@ class PrivacySettings:
     adaptive_learning_rate: how fast log C moves.
     adaptive_budget_share: part of each update's budget (of 1 / noise^2) that
       pays for the noisy tally which C follows; the rest is the gradients'.
+    private_metrics_share: None to release no training metrics; else the part of
+      each update's budget that pays for noisy means of the examples' loss,
+      accuracy, clip fraction (not with automatic clipping) and gradient norm.
+    private_metrics_max_loss: losses count up to it; the noise on the mean is
+      proportional to it. Somewhat above the log of the vocabulary's size.
+    private_metrics_max_norm: the same of gradients' norms, in units of C.
     relation: neighbouring relation, "zero_out": the number of records is
       public. Adding or removing a record would change it, and with it the
       sampling probabilities.
@@ -56,6 +63,9 @@ class PrivacySettings:
   adaptive_quantile: float | None = None
   adaptive_learning_rate: float = 0.2
   adaptive_budget_share: float = 0.01
+  private_metrics_share: float | None = None
+  private_metrics_max_loss: float = 12.0
+  private_metrics_max_norm: float = 10.0
   relation: str = "zero_out"
   sampling: str = "poisson"
   unit: str = "record"
@@ -72,6 +82,8 @@ class PrivacySettings:
       "target_epsilon",
       "l2_clip_norm",
       "automatic_gamma",
+      "private_metrics_max_loss",
+      "private_metrics_max_norm",
     ):
       value = getattr(self, name)
       if value is not None and not 0 < value < float("inf"):
@@ -86,6 +98,7 @@ class PrivacySettings:
           " true; scale the loss up instead."
         )
     self._check_adaptation()
+    self._check_shares()
     for name, known in (
       ("clipping", CLIPPING_RULES),
       ("relation", ("zero_out",)),
@@ -100,12 +113,6 @@ class PrivacySettings:
         )
 
   def _check_adaptation(self) -> None:
-    for name in ("adaptive_quantile", "adaptive_budget_share"):
-      value = getattr(self, name)
-      if value is not None and not 0 < value < 1:
-        raise ValueError(
-          f"PrivacySettings.{name}={value} must be between 0 and 1."
-        )
     if not 0 < self.adaptive_learning_rate < float("inf"):
       raise ValueError(
         f"PrivacySettings.adaptive_learning_rate={self.adaptive_learning_rate}"
@@ -118,6 +125,27 @@ class PrivacySettings:
         " 'normalized', or adaptive_quantile=None."
       )
 
+  def _check_shares(self) -> None:
+    for name in (
+      "adaptive_quantile",
+      "adaptive_budget_share",
+      "private_metrics_share",
+    ):
+      value = getattr(self, name)
+      if value is not None and not 0 < value < 1:
+        raise ValueError(
+          f"PrivacySettings.{name}={value} must be between 0 and 1."
+        )
+    if self.adaptive_quantile is None or self.private_metrics_share is None:
+      return
+    if self.adaptive_budget_share + self.private_metrics_share >= 1:
+      raise ValueError(
+        f"PrivacySettings.adaptive_budget_share={self.adaptive_budget_share}"
+        f" and private_metrics_share={self.private_metrics_share} leave nothing"
+        " of an update's budget to the gradients: choose shares whose sum is"
+        " below 1."
+      )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrivacyPlan:
@@ -127,11 +155,13 @@ class PrivacyPlan:
   neighbouring corpora have the same public size N and differ in one record,
   which one of them replaces by a record that contributes nothing
   (REPLACE_SPECIAL of dp-accounting, arXiv 2103.00039). Sensitivity: that of the
-  clipping rule. With `adaptive_quantile`, sum and tally are one release of
-  `noise_multiplier` (`clipping.adaptation.NormAdaptation`). Sampling
-  probabilities, expected_batch_size / num_examples, are constants of the plan.
+  clipping rule. With `adaptive_quantile` and `private_metrics_share`, sum, tally
+  and metrics are one release of `noise_multiplier` (`clipping.shares`).
+  Sampling probabilities, expected_batch_size / num_examples, are constants of
+  the plan.
 
-  Attributes: those of `PrivacySettings`, with `noise_multiplier` decided, and
+  Attributes: those of `PrivacySettings`, with `noise_multiplier` decided, the
+    ranges of private metrics None if none are released, and
     num_examples: corpus size N.
   """
 
@@ -146,6 +176,9 @@ class PrivacyPlan:
   adaptive_quantile: float | None
   adaptive_learning_rate: float
   adaptive_budget_share: float
+  private_metrics_share: float | None
+  private_metrics_max_loss: float | None
+  private_metrics_max_norm: float | None
   relation: str
   sampling: str
   unit: str
@@ -236,7 +269,28 @@ def make_plan(
     for field in dataclasses.fields(settings)
   }
   fields["noise_multiplier"] = float(noise_multiplier)
+  if settings.private_metrics_share is None:
+    fields["private_metrics_max_loss"] = None
+    fields["private_metrics_max_norm"] = None
   return PrivacyPlan(num_examples=num_examples, **fields)
+
+
+def metric_ranges(plan: Mapping[str, Any]) -> dict[str, float]:
+  """The largest value of each private metric; empty if none is released.
+
+  Args:
+    plan: as plain data; one of an older dptrain may lack fields.
+  """
+  if plan.get("private_metrics_share") is None:
+    return {}
+  largest = {
+    "loss": plan["private_metrics_max_loss"],
+    "gradient_norm": plan["private_metrics_max_norm"],
+  }
+  found = {name: largest.get(name, 1.0) for name in METRICS}
+  if plan["clipping"] == "automatic":
+    del found["clip_fraction"]  # it has no clip norm
+  return found
 
 
 def differences(recorded: dict[str, Any], current: dict[str, Any]) -> list[str]:
