@@ -155,7 +155,7 @@ class PrivacyPlan:
   neighbouring corpora have the same public size N and differ in one record,
   which one of them replaces by a record that contributes nothing
   (REPLACE_SPECIAL of dp-accounting, arXiv 2103.00039). Sensitivity: that of the
-  clipping rule. With `adaptive_quantile` and `private_metrics_share`, sum, tally
+  clipping rule. With `adaptive_quantile` or `private_metrics_share`, sum, tally
   and metrics are one release of `noise_multiplier` (`clipping.shares`).
   Sampling probabilities, expected_batch_size / num_examples, are constants of
   the plan.
