@@ -5,6 +5,7 @@ corpus into a `PrivacyPlan`. Nothing else in dptrain holds a sampling
 probability, an expected batch size or a noise multiplier.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import functools
 import itertools
@@ -20,6 +21,7 @@ from dptrain.privacy import mechanisms
 from dptrain.privacy import rounds
 from dptrain.privacy import schedule as schedule_lib
 
+METRICS = ("loss", "accuracy", "clip_fraction", "gradient_norm")
 CLIPPING_RULES = ("flat", "normalized", "automatic")
 _SMALLEST_NORM = 1e-10  # as `clipping.rules.SMALLEST_NORM`
 
@@ -45,6 +47,12 @@ class PrivacySettings:
     adaptive_learning_rate: how fast log C moves.
     adaptive_budget_share: part of each update's budget (of 1 / noise^2) that
       pays for the noisy tally which C follows; the rest is the gradients'.
+    private_metrics_share: None to release no training metrics; else the part of
+      each update's budget that pays for noisy means of the examples' loss,
+      accuracy, clip fraction (not with automatic clipping) and gradient norm.
+    private_metrics_max_loss: losses count up to it; the noise on the mean is
+      proportional to it. Somewhat above the log of the vocabulary's size.
+    private_metrics_max_norm: the same of gradients' norms, in units of C.
     relation: neighbouring relation: "zero_out" (a unit is replaced by one that
       contributes nothing), "replace_one" (by any other), "add_or_remove_one".
       Under the first two the number of records is public.
@@ -75,6 +83,9 @@ class PrivacySettings:
   adaptive_quantile: float | None = None
   adaptive_learning_rate: float = 0.2
   adaptive_budget_share: float = 0.01
+  private_metrics_share: float | None = None
+  private_metrics_max_loss: float = 12.0
+  private_metrics_max_norm: float = 10.0
   relation: str = "zero_out"
   sampling: str = "poisson"
   truncation_deviations: float = 6.0
@@ -94,6 +105,8 @@ class PrivacySettings:
       "target_epsilon",
       "l2_clip_norm",
       "automatic_gamma",
+      "private_metrics_max_loss",
+      "private_metrics_max_norm",
     ):
       value = getattr(self, name)
       if value is not None and not 0 < value < float("inf"):
@@ -108,6 +121,7 @@ class PrivacySettings:
           " true; scale the loss up instead."
         )
     self._check_adaptation()
+    self._check_shares()
     for name, known in (
       ("clipping", CLIPPING_RULES),
       ("unit", ("record",)),
@@ -165,12 +179,6 @@ class PrivacySettings:
       )
 
   def _check_adaptation(self) -> None:
-    for name in ("adaptive_quantile", "adaptive_budget_share"):
-      value = getattr(self, name)
-      if value is not None and not 0 < value < 1:
-        raise ValueError(
-          f"PrivacySettings.{name}={value} must be between 0 and 1."
-        )
     if not 0 < self.adaptive_learning_rate < float("inf"):
       raise ValueError(
         f"PrivacySettings.adaptive_learning_rate={self.adaptive_learning_rate}"
@@ -181,6 +189,27 @@ class PrivacySettings:
         f"PrivacySettings.adaptive_quantile={self.adaptive_quantile} needs a"
         " clip norm to adapt, which clipping='automatic' lacks; use 'flat' or"
         " 'normalized', or adaptive_quantile=None."
+      )
+
+  def _check_shares(self) -> None:
+    for name in (
+      "adaptive_quantile",
+      "adaptive_budget_share",
+      "private_metrics_share",
+    ):
+      value = getattr(self, name)
+      if value is not None and not 0 < value < 1:
+        raise ValueError(
+          f"PrivacySettings.{name}={value} must be between 0 and 1."
+        )
+    if self.adaptive_quantile is None or self.private_metrics_share is None:
+      return
+    if self.adaptive_budget_share + self.private_metrics_share >= 1:
+      raise ValueError(
+        f"PrivacySettings.adaptive_budget_share={self.adaptive_budget_share}"
+        f" and private_metrics_share={self.private_metrics_share} leave nothing"
+        " of an update's budget to the gradients: choose shares whose sum is"
+        " below 1."
       )
 
 
@@ -194,9 +223,9 @@ class PrivacyPlan:
   (REPLACE_SPECIAL of dp-accounting, arXiv 2103.00039); under "replace_one", by
   any other; under "add_or_remove_one" N is private, and `num_examples` a public
   estimate of it. Sensitivity: that of the clipping rule, as the most that one
-  record adds. With `adaptive_quantile`, sum and tally are one release of
-  `noise_multiplier` (`clipping.adaptation.NormAdaptation`). Sampling
-  probabilities and sizes are constants of the plan.
+  record adds. With `adaptive_quantile` or `private_metrics_share`, sum, tally
+  and metrics are one release of `noise_multiplier` (`clipping.shares`).
+  Sampling probabilities and sizes are constants of the plan.
 
   With `bands` over 1, noise is correlated as C^-1 z for a banded Toeplitz C
   whose columns have norm 1, and a record takes part in every `bands`-th update
@@ -204,7 +233,8 @@ class PrivacyPlan:
   costs what one update does at the largest of their sampling probabilities
   (arXiv 2306.08153, theorem 4).
 
-  Attributes: those of `PrivacySettings`, with `noise_multiplier` decided, and
+  Attributes: those of `PrivacySettings`, with `noise_multiplier` decided, the
+    ranges of private metrics None if none are released, and
     num_examples: corpus size N, or the public estimate of it.
   """
 
@@ -219,6 +249,9 @@ class PrivacyPlan:
   adaptive_quantile: float | None
   adaptive_learning_rate: float
   adaptive_budget_share: float
+  private_metrics_share: float | None
+  private_metrics_max_loss: float | None
+  private_metrics_max_norm: float | None
   relation: str
   sampling: str
   truncation_deviations: float
@@ -366,6 +399,9 @@ def make_plan(
   }
   noise_multiplier = settings.noise_multiplier or calibrated_noise
   fields["noise_multiplier"] = float(noise_multiplier or 1.0)
+  if settings.private_metrics_share is None:
+    fields["private_metrics_max_loss"] = None
+    fields["private_metrics_max_norm"] = None
   plan = PrivacyPlan(num_examples=num_examples, **fields)
   if noise_multiplier is not None:
     return plan
@@ -408,6 +444,24 @@ def _sizes(schedule: schedule_lib.BatchSchedule) -> rounds.Whole:
     np.array([s.expected_batch_size for s in segments], np.int64),
     [s.num_steps for s in segments],
   )
+
+
+def metric_ranges(plan: Mapping[str, Any]) -> dict[str, float]:
+  """The largest value of each private metric; empty if none is released.
+
+  Args:
+    plan: as plain data; one of an older dptrain may lack fields.
+  """
+  if plan.get("private_metrics_share") is None:
+    return {}
+  largest = {
+    "loss": plan["private_metrics_max_loss"],
+    "gradient_norm": plan["private_metrics_max_norm"],
+  }
+  found = {name: largest.get(name, 1.0) for name in METRICS}
+  if plan["clipping"] == "automatic":
+    del found["clip_fraction"]  # it has no clip norm
+  return found
 
 
 def differences(recorded: dict[str, Any], current: dict[str, Any]) -> list[str]:

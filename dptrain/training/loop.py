@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dptrain.clipping import private_metrics
 from dptrain.data import batches
 from dptrain.privacy import accounting
 from dptrain.privacy import budget
@@ -21,6 +22,7 @@ from dptrain.training import evaluation as evaluation_lib
 from dptrain.training import lineage as lineage_lib
 from dptrain.training import mesh as mesh_lib
 from dptrain.training import preparation as preparation_lib
+from dptrain.training import private_curves
 from dptrain.training import processes
 from dptrain.training import programs as programs_lib
 from dptrain.training import progress as progress_lib
@@ -120,6 +122,9 @@ class _Loop:
     self.limit = 0
     self.epsilon = _EpsilonMeter(self.plan.delta, self.plan.relation)
     self.evaluation: evaluation_lib.Evaluation | None = None
+    self.released = private_curves.PrivateCurves(
+      prepared.step.metrics, self.plan
+    )
 
   def run_to_the_end(self) -> run_lib.TrainingResult:
     """Restores, trains, saves; the result."""
@@ -196,6 +201,7 @@ class _Loop:
       return branch._asdict()
 
     self.branch = ledger_lib.Branch(**processes.first(open_branch))
+    self.released.keep_in(self.directory, self.branch.name, step)
     return step, state
 
   def _update(self, step: int, state: Any) -> tuple[int, Any, Any]:
@@ -268,9 +274,13 @@ class _Loop:
     progress: progress_lib.Progress,
   ) -> None:
     progress.advance(self.plan.expected_batch_size(step - 1))
+    self.released.add(step - 1, statistics)
     curves: dict[str, float] = {}
     if self._due(step, self.run.log_period) or step == limit:
-      curves |= {f"unprotected/{k}": float(v) for k, v in statistics.items()}
+      curves |= self.released.window()
+      progress.show(**private_curves.in_words(curves))
+      _, rest = private_metrics.separated(statistics)
+      curves |= {f"unprotected/{k}": float(v) for k, v in rest.items()}
       epsilon = None
       if processes.is_first():
         epsilon = self.epsilon(self.ledger, now=step == limit)
@@ -315,6 +325,8 @@ class _Loop:
   def _save(
     self, checkpoints: checkpoints_lib.Checkpoints, step: int, state: Any
   ) -> None:
+    # Later updates are repeated after a crash, earlier ones never are.
+    self.released.flush()
     checkpoints.save(
       step,
       state,
