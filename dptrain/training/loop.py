@@ -16,6 +16,7 @@ from dptrain.privacy import accounting
 from dptrain.privacy import budget
 from dptrain.privacy import draws
 from dptrain.privacy import ledger as ledger_lib
+from dptrain.privacy import plan as plan_lib
 from dptrain.privacy import report as report_lib
 from dptrain.training import checkpoints as checkpoints_lib
 from dptrain.training import evaluation as evaluation_lib
@@ -113,10 +114,19 @@ class _Loop:
     self.run, self.directory, self.ledger = run, directory, ledger
     self.prepared, self.plan = prepared, prepared.plan
     programs = programs_lib.make_programs(
-      prepared.step, prepared.params, prepared.batch, prepared.layout
+      prepared.step,
+      prepared.params,
+      prepared.batch,
+      prepared.layout,
+      plan_lib.banded_noise(prepared.plan),
     )
     self.gathered, self.zeros = programs.gathered, programs.zeros
     self.accumulate, self.finish = programs.accumulate, programs.finish
+    self.begin_noise, self.next_noise = (
+      programs.begin_noise,
+      programs.next_noise,
+    )
+    self.noise_history: Any = None
     self.batches_built = itertools.count()
     self.draws: dict[int, np.ndarray] = {}
     self.limit = 0
@@ -201,8 +211,28 @@ class _Loop:
       return branch._asdict()
 
     self.branch = ledger_lib.Branch(**processes.first(open_branch))
+    self._replay_noise(step)
     self.released.keep_in(self.directory, self.branch.name, step)
     return step, state
+
+  def _replay_noise(self, step: int) -> None:
+    """Brings correlated noise to where it was before update `step`.
+
+    It is made again and not restored: whoever had it could subtract it.
+    """
+    if self.begin_noise is None:
+      return
+    self.noise_history = self.begin_noise()
+    for past in range(self.branch.fork_step, step):
+      self._correlated(past)
+
+  def _correlated(self, step: int) -> Any:
+    """The noise of update `step`, after that of all before; None if fresh."""
+    if self.next_noise is None:
+      return None
+    key = self._key("noise", step)
+    unit, self.noise_history = self.next_noise(key, self.noise_history)
+    return unit
 
   def _update(self, step: int, state: Any) -> tuple[int, Any, Any]:
     """One update: the only road from private examples to parameters."""
@@ -231,6 +261,7 @@ class _Loop:
       noise_key=self._key("noise", step),
       noise_multiplier=release.noise_multiplier,
       expected_batch_size=float(self.plan.expected_batch_size(step)),
+      unit_noise=self._correlated(step),
     )
     return step + 1, {"params": params, "opt_state": opt_state}, statistics
 

@@ -141,6 +141,7 @@ def prepare(
     run.privacy,
     store.num_examples,
     calibrated_noise=recorded.get("noise_multiplier"),
+    noise_coefficients=recorded.get("noise_coefficients"),
   )
   corpus_fingerprint = seed.fingerprint(store.content_digest())
   ledger.start(

@@ -70,6 +70,13 @@ class AdaptiveState(NamedTuple):
   l2_clip_norm: jax.Array
 
 
+def noised(accumulator: Accumulator) -> tuple[Any, Any, Any]:
+  """What of an accumulator gets noise, as one vector: sum, tally, metrics."""
+  adapting = accumulator.adapting
+  tally = None if adapting is None else adapting.tally
+  return accumulator.gradients, tally, accumulator.metrics
+
+
 @dataclasses.dataclass(frozen=True)
 class PrivateStep:
   """From physical batches to one differentially private update.
@@ -235,6 +242,7 @@ class PrivateStep:
     noise_key: jax.Array,
     noise_multiplier: jax.Array | float,
     expected_batch_size: jax.Array | float,
+    unit_noise: Any = None,
   ) -> tuple[Params, Any, dict[str, jax.Array]]:
     """Makes the sum private and updates the parameters, once per update.
 
@@ -245,6 +253,9 @@ class PrivateStep:
       noise_key: key of this update, used for nothing else.
       noise_multiplier: noise standard deviation over sensitivity.
       expected_batch_size: the public constant to divide by.
+      unit_noise: noise for what is `noised`, of a strategy whose columns have
+        norm 1 (`correlated_noise.BandedNoise`); None: independent standard
+        normal noise, drawn from `noise_key`.
 
     Returns:
       New parameters, new `opt_state`, and figures: released metrics under
@@ -258,10 +269,9 @@ class PrivateStep:
       stddev = stddev * shares_lib.gradient_noise_factor(shares.values())
     # One Gaussian mechanism on one vector: the sum and, if there are any, the
     # tally and the metrics.
-    tally = adapting.tally if adapting else None
-    unit, unit_tally, unit_metrics = noise.gaussian_like(
-      noise_key, (accumulator.gradients, tally, accumulator.metrics), 1.0
-    )
+    if unit_noise is None:
+      unit_noise = noise.gaussian_like(noise_key, noised(accumulator), 1.0)
+    unit, unit_tally, unit_metrics = unit_noise
     drawn = jax.tree.map(lambda n: stddev * n, unit)
     gradient = jax.tree.map(
       lambda total, n, p: ((total + n) / expected_batch_size).astype(p.dtype),
