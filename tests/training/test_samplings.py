@@ -185,13 +185,6 @@ def test_correlated_noise_goes_on_after_a_stop_and_is_never_saved(tmp_path):
   assert saved[0] == saved[1]
 
 
-def test_correlated_noise_is_the_same_on_a_mesh(tmp_path):
-  one, many = tmp_path / "one", tmp_path / "many"
-  loop.train(banded(one), small_run.records())
-  loop.train(banded(many, mesh={}), small_run.records())
-  small_run.assert_close(one, many)
-
-
 def test_rounds_of_correlated_noise_cost_one_update_each(tmp_path):
   result = loop.train(banded(tmp_path), small_run.records())
   # Groups of 66; a round costs what its larger probability does.
