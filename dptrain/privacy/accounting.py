@@ -139,6 +139,9 @@ def _bound(
     return Epsilon(by_pld, "PLD", settings, by_rdp, by_pld, note)
   if by_rdp is None:
     raise AssertionError("one of the two bounds was had")
+  if by_rdp and order in (RDP_ORDERS[0], RDP_ORDERS[-1]):
+    wider = "the best order of RDP is the last one tried; others may give less"
+    note = f"{note}; {wider}" if note else wider
   return Epsilon(by_rdp, "RDP", f"order {order:g}", by_rdp, by_pld, note)
 
 
