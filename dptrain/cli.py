@@ -102,9 +102,12 @@ def _report(arguments: argparse.Namespace) -> int:
       found, disjoint=arguments.disjoint
     )
   elif arguments.format == "html":
+    from dptrain.privacy import released_metrics
     from dptrain.privacy import report_page
 
-    print(report_page.make_page(*found.values()), end="")
+    ((name, only),) = found.items()
+    metrics = released_metrics.read(pathlib.Path(name))
+    print(report_page.make_page(only, metrics), end="")
     return 0
   else:
     made = report.make_report(*found.values())

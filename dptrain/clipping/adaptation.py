@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dptrain.clipping import rules
+from dptrain.clipping import shares
 
 # Beyond it, noise in float32 would come near overflow.
 LARGEST_NORM = 1e10
@@ -28,12 +29,10 @@ class NormAdaptation:
 
   Formal guarantee: unit: one example; zero-out or add/remove. An example adds
   to the tally +1/2 or -1/2, or nothing if it takes no part: sensitivity 1/2.
-  With z the noise multiplier of the plan and s = budget_share, the gradients
-  get noise of z / sqrt(1 - s) times their sensitivity and the tally noise of
-  z / sqrt(s) times its own. Scaled by their noise, the two are one vector, of
-  sensitivity sqrt((1 - s) / z^2 + s / z^2) = 1 / z: one Gaussian mechanism of
-  noise multiplier z, which is what the plan prices (1905.03871, theorem 1). C
-  is post-processing of it. Public: all attributes.
+  With z the noise multiplier of the plan and s = budget_share, the tally gets
+  noise of z / sqrt(s) times that, and the gradients' noise grows to match:
+  together they are one Gaussian mechanism of noise multiplier z (`shares`;
+  1905.03871, theorem 1). C is post-processing of it. Public: all attributes.
 
   Attributes:
     target_quantile: share of the gradients that shall be no longer than C.
@@ -57,16 +56,11 @@ class NormAdaptation:
         told = "positive and finite" if open_ended else "between 0 and 1"
         raise ValueError(f"NormAdaptation.{name}={value!r} must be {told}.")
 
-  @property
-  def gradient_noise_factor(self) -> float:
-    """By how much the gradients' noise exceeds that of a fixed clip norm."""
-    return 1.0 / math.sqrt(1.0 - self.budget_share)
-
   def tally_noise_stddev(
     self, noise_multiplier: jax.Array | float
   ) -> jax.Array | float:
     """Standard deviation of the noise on `tally`, in the units of `tally`."""
-    return 0.5 * noise_multiplier / math.sqrt(self.budget_share)
+    return shares.noise_stddev(0.5, noise_multiplier, self.budget_share)
 
   def tally(
     self, norms: jax.Array, contributes: jax.Array, l2_clip_norm: jax.Array

@@ -139,6 +139,9 @@ def _bound(
     return Epsilon(by_pld, "PLD", settings, by_rdp, by_pld, note)
   if by_rdp is None:
     raise AssertionError("one of the two bounds was had")
+  if by_rdp and order in (RDP_ORDERS[0], RDP_ORDERS[-1]):
+    wider = "the best order of RDP is the last one tried; others may give less"
+    note = f"{note}; {wider}" if note else wider
   return Epsilon(by_rdp, "RDP", f"order {order:g}", by_rdp, by_pld, note)
 
 
@@ -192,8 +195,12 @@ def rough_bound(
   composed: Sequence[Releases], delta: float, relation: str
 ) -> float:
   """Epsilon, more or less, at once: what to start a search with. No bound."""
-  alike = [mechanisms.stand_in(release, relation) for release in composed]
-  return rdp_bound(alike, delta, "zero_out", FEW_RDP_ORDERS)[0]
+  poisson = [
+    Releases(r.count, r.sampling_prob, r.noise_multiplier) for r in composed
+  ]
+  found, _ = rdp_bound(poisson, delta, "zero_out", FEW_RDP_ORDERS)
+  # To replace a unit is to take one away and to add one.
+  return 2 * found if relation == "replace_one" else found
 
 
 def rdp_bound(

@@ -142,6 +142,7 @@ class Forecast:
         f"epsilon {report.rounded_up(self.epsilon_without_amplification)}",
       ),
     ]
+    rows += _metrics(self)
     if self.affordable_steps is not None:
       budget = f"epsilon {plan.target_epsilon:g}"
       rows.append(
@@ -291,6 +292,17 @@ def _constant(
     examples / plan.num_examples,
     model.flops(examples) if model else None,
   )
+
+
+def _metrics(made: Forecast) -> list[tuple[str, str]]:
+  told = report.private_metrics(made.plan.as_dict())
+  if not told["released"]:
+    return []
+  sizes = sorted({phase.expected_batch_size for phase in made.phases})
+  ends = [sizes[0], sizes[-1]] if len(sizes) > 1 else sizes
+  noise = " to ".join(f"{told['sum_noise_stddev'] / size:.2g}" for size in ends)
+  share = f"{100 * told['budget_share']:g} % of the budget"
+  return [("private metrics", f"{share}; noise on accuracy {noise}")]
 
 
 def _phases(phases: Sequence[PhaseForecast]) -> list[str]:

@@ -111,17 +111,6 @@ def merged(releases: Sequence[Releases]) -> list[Releases]:
   return [dataclasses.replace(one, count=n) for one, n in counts.items()]
 
 
-def stand_in(release: Releases, relation: str) -> Releases:
-  """A Poisson release under zero-out of about the same price.
-
-  It tells where to look for a root or which grid to take, and is no bound.
-  """
-  factor = 0.5 if relation == "replace_one" else 1.0
-  return Releases(
-    release.count, release.sampling_prob, factor * release.noise_multiplier
-  )
-
-
 def distance(release: Releases, relation: str) -> float:
   """How far one unit may move the sum, over the most that one unit adds.
 

@@ -120,13 +120,13 @@ def plots(drawn: Sequence[tuple[Callable[[Any], None], str]]) -> str:
   """Plots in two columns.
 
   Args:
-    drawn: pairs of a function that draws into matplotlib axes and a caption.
+    drawn: pairs of a function that draws into matplotlib axes and a caption,
+      which may be empty.
   """
-  figures = "".join(
-    f"<figure>{_drawing(draw)}"
-    f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-    for draw, caption in drawn
-  )
+  figures = ""
+  for draw, caption in drawn:
+    told = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+    figures += f"<figure>{_drawing(draw)}{told}</figure>"
   return f'<div class="plots">{figures}</div>'
 
 

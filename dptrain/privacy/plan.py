@@ -5,6 +5,7 @@ corpus into a `PrivacyPlan`. Nothing else in dptrain holds a sampling
 probability, an expected batch size or a noise multiplier.
 """
 
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import itertools
@@ -16,172 +17,14 @@ import numpy as np
 
 from dptrain.privacy import accounting
 from dptrain.privacy import calibration
-from dptrain.privacy import mechanisms
+from dptrain.privacy import correlated_noise
 from dptrain.privacy import rounds
 from dptrain.privacy import schedule as schedule_lib
+from dptrain.privacy import settings as settings_lib
 
-CLIPPING_RULES = ("flat", "normalized", "automatic")
-_SMALLEST_NORM = 1e-10  # as `clipping.rules.SMALLEST_NORM`
+METRICS = ("loss", "accuracy", "clip_fraction", "gradient_norm")
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PrivacySettings:
-  """What a user decides about privacy.
-
-  Attributes:
-    schedule: expected batch size by update.
-    delta: of (epsilon, delta)-DP; below 1/N, or a warning says so.
-    noise_multiplier: noise standard deviation over sensitivity. None: the
-      smallest that keeps the whole schedule within `target_epsilon`.
-    target_epsilon: the budget; training stops before the update that would
-      exceed it. None: no budget, and `noise_multiplier` must be given.
-    l2_clip_norm: bound C on the L2 norm of one unit's whole gradient.
-    clipping: "flat" (to norm at most C), "normalized" (flat, then divided by
-      C) or "automatic" (g / (|g| + gamma), arXiv 2206.07136).
-    automatic_gamma: the gamma of automatic clipping.
-    adaptive_quantile: None to clip to `l2_clip_norm` throughout; else the share
-      of gradients that shall be no longer than C, which then starts at
-      `l2_clip_norm` and moves after every update (arXiv 1905.03871).
-    adaptive_learning_rate: how fast log C moves.
-    adaptive_budget_share: part of each update's budget (of 1 / noise^2) that
-      pays for the noisy tally which C follows; the rest is the gradients'.
-    relation: neighbouring relation: "zero_out" (a unit is replaced by one that
-      contributes nothing), "replace_one" (by any other), "add_or_remove_one".
-      Under the first two the number of records is public.
-    sampling: how the records of an update are drawn, a key of
-      `mechanisms.PRICED`, which also says under which relation: "poisson";
-      "truncated_poisson" (at most so many records); "without_replacement" (a
-      fixed number); "shuffled" (one pass after another in random order) and
-      "balls_in_bins" (each record in every n-th update), both priced without
-      amplification; "cyclic_poisson" (Poisson within one of `bands` groups in
-      turn).
-    truncation_deviations: how far above the expected batch "truncated_poisson"
-      cuts, in standard deviations of the sample's size.
-    bands: of correlated noise (BandMF, arXiv 2306.08153): each update's noise
-      cancels part of that of the `bands - 1` updates before. Over 1 it needs
-      "cyclic_poisson". 1: independent noise.
-    public_num_examples: for "add_or_remove_one", where the number of records is
-      private: a public estimate, from which sampling probabilities follow.
-    unit: the privacy unit, "record" (one fixed-length sequence).
-  """
-
-  schedule: schedule_lib.BatchSchedule
-  delta: float
-  noise_multiplier: float | None = None
-  target_epsilon: float | None = None
-  l2_clip_norm: float = 1.0
-  clipping: str = "flat"
-  automatic_gamma: float = 0.01
-  adaptive_quantile: float | None = None
-  adaptive_learning_rate: float = 0.2
-  adaptive_budget_share: float = 0.01
-  relation: str = "zero_out"
-  sampling: str = "poisson"
-  truncation_deviations: float = 6.0
-  bands: int = 1
-  public_num_examples: int | None = None
-  unit: str = "record"
-
-  def __post_init__(self) -> None:
-    accounting.check_delta(self.delta)
-    if self.noise_multiplier is None and self.target_epsilon is None:
-      raise ValueError(
-        "PrivacySettings.noise_multiplier and target_epsilon are both None:"
-        " give a noise multiplier, a budget, or both."
-      )
-    for name in (
-      "noise_multiplier",
-      "target_epsilon",
-      "l2_clip_norm",
-      "automatic_gamma",
-    ):
-      value = getattr(self, name)
-      if value is not None and not 0 < value < float("inf"):
-        raise ValueError(
-          f"PrivacySettings.{name}={value} must be a positive, finite number."
-        )
-    for name in ("l2_clip_norm", "automatic_gamma"):
-      if getattr(self, name) < _SMALLEST_NORM:
-        raise ValueError(
-          f"PrivacySettings.{name}={getattr(self, name)} is below"
-          f" {_SMALLEST_NORM}, where float32 norms of gradients are no longer"
-          " true; scale the loss up instead."
-        )
-    self._check_adaptation()
-    for name, known in (
-      ("clipping", CLIPPING_RULES),
-      ("unit", ("record",)),
-    ):
-      value = getattr(self, name)
-      if value not in known:
-        raise ValueError(
-          f"PrivacySettings.{name}={value!r} is not supported; use one of"
-          f" {', '.join(map(repr, known))}."
-        )
-    self._check_sampling()
-
-  def _check_sampling(self) -> None:
-    mechanisms.check_priced(self.sampling, self.relation)
-    if isinstance(self.bands, bool) or not (
-      isinstance(self.bands, int) and self.bands >= 1
-    ):
-      raise ValueError(
-        f"PrivacySettings.bands={self.bands!r} must be a whole number >= 1."
-      )
-    if self.bands > 1 and self.sampling != "cyclic_poisson":
-      raise ValueError(
-        f"PrivacySettings.bands={self.bands} correlates the noise of updates,"
-        " in which a record may then not take part together: it needs"
-        f" sampling='cyclic_poisson', not {self.sampling!r}."
-      )
-    if not 0 < self.truncation_deviations < float("inf"):
-      raise ValueError(
-        f"PrivacySettings.truncation_deviations={self.truncation_deviations}"
-        " must be a positive, finite number."
-      )
-    sizes = {s.expected_batch_size for s in self.schedule.segments()}
-    if self.sampling == "balls_in_bins" and len(sizes) > 1:
-      raise ValueError(
-        "sampling='balls_in_bins' throws every record into one bin for good, so"
-        " BatchSchedule must be constant; use 'shuffled' for one that grows."
-      )
-    self._check_public_number()
-
-  def _check_public_number(self) -> None:
-    number = self.public_num_examples
-    if self.relation != "add_or_remove_one":
-      if number is not None:
-        raise ValueError(
-          f"PrivacySettings.public_num_examples={number} is for"
-          f" relation='add_or_remove_one'; under {self.relation!r} the number"
-          " of records itself is public."
-        )
-      return
-    if number is None or isinstance(number, bool) or not number >= 1:
-      raise ValueError(
-        f"PrivacySettings.public_num_examples={number} must be a whole number"
-        " >= 1 under relation='add_or_remove_one', where the true number of"
-        " records is private: give a public estimate of it."
-      )
-
-  def _check_adaptation(self) -> None:
-    for name in ("adaptive_quantile", "adaptive_budget_share"):
-      value = getattr(self, name)
-      if value is not None and not 0 < value < 1:
-        raise ValueError(
-          f"PrivacySettings.{name}={value} must be between 0 and 1."
-        )
-    if not 0 < self.adaptive_learning_rate < float("inf"):
-      raise ValueError(
-        f"PrivacySettings.adaptive_learning_rate={self.adaptive_learning_rate}"
-        " must be a positive, finite number."
-      )
-    if self.adaptive_quantile is not None and self.clipping == "automatic":
-      raise ValueError(
-        f"PrivacySettings.adaptive_quantile={self.adaptive_quantile} needs a"
-        " clip norm to adapt, which clipping='automatic' lacks; use 'flat' or"
-        " 'normalized', or adaptive_quantile=None."
-      )
+PrivacySettings = settings_lib.PrivacySettings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,9 +37,9 @@ class PrivacyPlan:
   (REPLACE_SPECIAL of dp-accounting, arXiv 2103.00039); under "replace_one", by
   any other; under "add_or_remove_one" N is private, and `num_examples` a public
   estimate of it. Sensitivity: that of the clipping rule, as the most that one
-  record adds. With `adaptive_quantile`, sum and tally are one release of
-  `noise_multiplier` (`clipping.adaptation.NormAdaptation`). Sampling
-  probabilities and sizes are constants of the plan.
+  record adds. With `adaptive_quantile` or `private_metrics_share`, sum, tally
+  and metrics are one release of `noise_multiplier` (`clipping.shares`).
+  Sampling probabilities and sizes are constants of the plan.
 
   With `bands` over 1, noise is correlated as C^-1 z for a banded Toeplitz C
   whose columns have norm 1, and a record takes part in every `bands`-th update
@@ -204,8 +47,10 @@ class PrivacyPlan:
   costs what one update does at the largest of their sampling probabilities
   (arXiv 2306.08153, theorem 4).
 
-  Attributes: those of `PrivacySettings`, with `noise_multiplier` decided, and
+  Attributes: those of `PrivacySettings`, with `noise_multiplier` decided, the
+    ranges of private metrics None if none are released, and
     num_examples: corpus size N, or the public estimate of it.
+    noise_coefficients: of `correlated_noise.BandedNoise`; None if independent.
   """
 
   num_examples: int
@@ -219,12 +64,16 @@ class PrivacyPlan:
   adaptive_quantile: float | None
   adaptive_learning_rate: float
   adaptive_budget_share: float
+  private_metrics_share: float | None
+  private_metrics_max_loss: float | None
+  private_metrics_max_norm: float | None
   relation: str
   sampling: str
   truncation_deviations: float
   bands: int
   public_num_examples: int | None
   unit: str
+  noise_coefficients: tuple[float, ...] | None = None
 
   @property
   def num_steps(self) -> int:
@@ -334,6 +183,7 @@ def make_plan(
   num_examples: int,
   *,
   calibrated_noise: float | None = None,
+  noise_coefficients: Sequence[float] | None = None,
 ) -> PrivacyPlan:
   """Joins settings and corpus size; calibrates the noise if it is not given.
 
@@ -342,6 +192,7 @@ def make_plan(
     num_examples: records in the training store.
     calibrated_noise: what an earlier start of the same run was calibrated to;
       read only if `settings` gives no noise multiplier.
+    noise_coefficients: those that an earlier start of the same run found.
 
   Returns:
     The plan of the whole run.
@@ -366,6 +217,16 @@ def make_plan(
   }
   noise_multiplier = settings.noise_multiplier or calibrated_noise
   fields["noise_multiplier"] = float(noise_multiplier or 1.0)
+  if settings.private_metrics_share is None:
+    fields["private_metrics_max_loss"] = None
+    fields["private_metrics_max_norm"] = None
+  if settings.bands > 1:
+    fields["noise_coefficients"] = tuple(
+      noise_coefficients
+      or correlated_noise.coefficients(
+        settings.bands, settings.schedule.num_steps
+      )
+    )
   plan = PrivacyPlan(num_examples=num_examples, **fields)
   if noise_multiplier is not None:
     return plan
@@ -408,6 +269,31 @@ def _sizes(schedule: schedule_lib.BatchSchedule) -> rounds.Whole:
     np.array([s.expected_batch_size for s in segments], np.int64),
     [s.num_steps for s in segments],
   )
+
+
+def banded_noise(plan: PrivacyPlan) -> correlated_noise.BandedNoise | None:
+  """How the plan's noise is correlated; None if it is not."""
+  if plan.noise_coefficients is None:
+    return None
+  return correlated_noise.BandedNoise(tuple(plan.noise_coefficients))
+
+
+def metric_ranges(plan: Mapping[str, Any]) -> dict[str, float]:
+  """The largest value of each private metric; empty if none is released.
+
+  Args:
+    plan: as plain data; one of an older dptrain may lack fields.
+  """
+  if plan.get("private_metrics_share") is None:
+    return {}
+  largest = {
+    "loss": plan["private_metrics_max_loss"],
+    "gradient_norm": plan["private_metrics_max_norm"],
+  }
+  found = {name: largest.get(name, 1.0) for name in METRICS}
+  if plan["clipping"] == "automatic":
+    del found["clip_fraction"]  # it has no clip norm
+  return found
 
 
 def differences(recorded: dict[str, Any], current: dict[str, Any]) -> list[str]:

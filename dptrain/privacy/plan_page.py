@@ -21,8 +21,9 @@ _ALWAYS_ASSUMED = (
   "Every update runs as planned and every checkpoint may be published. A crash"
   " that is replayed costs nothing; another run on the same records, or a"
   " continuation that differs, is not in the figure and costs its own.",
-  "The seed is secret, and nothing else that was computed from the records"
-  " (metrics, vocabulary) is published, or its loss is accepted.",
+  "The seed is secret, and nothing else that was computed from the records (a"
+  " vocabulary, metrics that are not priced) is published, or its loss is"
+  " accepted.",
 )
 
 # From here on, dots are told apart better on a logarithmic axis.
@@ -207,6 +208,11 @@ def _assumptions(made: forecast_lib.Forecast) -> list[str]:
     f"Sampling, {report.SAMPLING_TEXT[plan.sampling]}.",
     *_ALWAYS_ASSUMED,
   ]
+  if plan.bands > 1:
+    assumed.append(
+      f"Noise is correlated over {plan.bands} updates (BandMF, arXiv"
+      " 2306.08153), which are priced as one round."
+    )
   if plan.adaptive_quantile is not None:
     assumed.append(
       "The clip norm adapts; the noisy count that it follows is part of each"

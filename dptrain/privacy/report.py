@@ -17,6 +17,7 @@ from typing import Any
 
 from dptrain.privacy import accounting
 from dptrain.privacy import ledger as ledger_lib
+from dptrain.privacy import plan as plan_lib
 
 TEXT_FILE = "privacy_report.txt"
 JSON_FILE = "privacy_report.json"
@@ -85,6 +86,7 @@ class PrivacyReport:
     claim: whether a guarantee is claimed at all (not under a fixed seed).
     plan: the plan, as recorded.
     clip_norm: whether the clip norm adapts, and how that is paid for.
+    private_metrics: whether training metrics are released, and the same.
     unit: the privacy unit in words.
     relation: the neighbouring relation in words.
     delta: of the guarantee.
@@ -102,6 +104,7 @@ class PrivacyReport:
   claim: bool
   plan: dict[str, Any]
   clip_norm: dict[str, Any]
+  private_metrics: dict[str, Any]
   unit: str
   relation: str
   delta: float
@@ -152,9 +155,13 @@ class PrivacyReport:
         " by anyone. The figures below are what the same run with a secret seed"
         " would claim."
       )
+    metrics = ""
+    if self.private_metrics["released"]:
+      metrics = " the private metrics,"
     return (
-      "The trained parameters, and every checkpoint of every branch, together"
-      f" are ({rounded_up(self.epsilon.value)}, {self.delta})-differentially"
+      f"The trained parameters,{metrics} and every checkpoint of every branch,"
+      f" together are ({rounded_up(self.epsilon.value)},"
+      f" {self.delta})-differentially"
       " private."
       f" Protected is {self.unit}."
     )
@@ -184,6 +191,26 @@ class PrivacyReport:
       ("sampling", SAMPLING_TEXT[plan["sampling"]]),
       ("clipping", self._clipping()),
       ("noise multiplier", f"{plan['noise_multiplier']:g}{self._banded()}"),
+      *self._metrics(),
+    ]
+
+  def _metrics(self) -> list[tuple[str, str]]:
+    told = self.private_metrics
+    if not told["released"]:
+      return []
+    ranges = told["ranges"]
+    names = ", ".join(name.replace("_", " ") for name in ranges)
+    return [
+      (
+        "private metrics",
+        f"{names}: noisy means over the examples of each update, part of the"
+        f" release and priced with it. {100 * told['budget_share']:g} % of each"
+        " update's budget (of 1 / noise multiplier squared) pays for them; the"
+        " gradients' own noise multiplier is"
+        f" {told['gradient_noise_multiplier']:.4g}. Losses count up to"
+        f" {ranges['loss']:g}, gradients' norms up to"
+        f" {ranges['gradient_norm']:g} times the clip norm",
+      )
     ]
 
   def _estimated(self) -> str:
@@ -208,8 +235,8 @@ class PrivacyReport:
       " of the gradients' norms, by a noisy count at each update. Its values"
       " are part of the release and are priced with it:"
       f" {100 * norm['budget_share']:g} % of each update's budget (of 1 / noise"
-      " multiplier squared) pays for the count, the rest for the gradients,"
-      f" whose own noise multiplier is {norm['gradient_noise_multiplier']:.4g}"
+      " multiplier squared) pays for the count; the gradients' own noise"
+      f" multiplier is {norm['gradient_noise_multiplier']:.4g}"
     )
 
   def _released(self) -> list[str]:
@@ -257,6 +284,7 @@ def make_report(ledger: ledger_lib.Ledger) -> PrivacyReport:
     claim=not ledger.fixed_seed,
     plan=plan,
     clip_norm=_clip_norm(plan),
+    private_metrics=private_metrics(plan),
     unit=UNITS[plan["unit"]],
     relation=RELATION_TEXT[plan["relation"]],
     delta=plan["delta"],
@@ -290,7 +318,7 @@ def make_report(ledger: ledger_lib.Ledger) -> PrivacyReport:
 def _clip_norm(plan: dict[str, Any]) -> dict[str, Any]:
   """What the JSON says of the clip norm.
 
-  The multipliers are those of the two parts of one release (arXiv 1905.03871);
+  The multipliers are those of the parts of one release (arXiv 1905.03871);
   together they cost what the plan's multiplier costs.
   """
   if plan.get("adaptive_quantile") is None:
@@ -302,10 +330,43 @@ def _clip_norm(plan: dict[str, Any]) -> dict[str, Any]:
     "target_quantile": plan["adaptive_quantile"],
     "learning_rate": plan["adaptive_learning_rate"],
     "budget_share": share,
-    "gradient_noise_multiplier": plan["noise_multiplier"]
-    / math.sqrt(1.0 - share),
+    "gradient_noise_multiplier": _gradient_noise_multiplier(plan),
     "count_noise_multiplier": plan["noise_multiplier"] / math.sqrt(share),
   }
+
+
+def private_metrics(plan: dict[str, Any]) -> dict[str, Any]:
+  """What the JSON says of private metrics, with multipliers as `_clip_norm`'s.
+
+  Args:
+    plan: as plain data.
+
+  Returns:
+    "released", and if so the rest. Each sum of values that are scaled by their
+    range has noise of standard deviation "sum_noise_stddev".
+  """
+  ranges = plan_lib.metric_ranges(plan)
+  if not ranges:
+    return {"released": False}
+  share = plan["private_metrics_share"]
+  multiplier = plan["noise_multiplier"] / math.sqrt(share)
+  return {
+    "released": True,
+    "ranges": ranges,
+    "budget_share": share,
+    "gradient_noise_multiplier": _gradient_noise_multiplier(plan),
+    "metrics_noise_multiplier": multiplier,
+    "sum_noise_stddev": multiplier * math.sqrt(len(ranges)) / 2.0,
+  }
+
+
+def _gradient_noise_multiplier(plan: dict[str, Any]) -> float:
+  """What is left to the gradients of one release."""
+  shares = 0.0
+  if plan.get("adaptive_quantile") is not None:
+    shares += plan["adaptive_budget_share"]
+  shares += plan.get("private_metrics_share") or 0.0
+  return float(plan["noise_multiplier"] / math.sqrt(1.0 - shares))
 
 
 def write_report(ledger: ledger_lib.Ledger, directory: pathlib.Path) -> None:

@@ -1,5 +1,6 @@
 """The privacy report as one self-contained page, for browser and printer."""
 
+from collections.abc import Callable, Sequence
 import dataclasses
 import html
 from typing import Any
@@ -8,16 +9,25 @@ from dptrain.privacy import accounting
 from dptrain.privacy import curves
 from dptrain.privacy import ledger as ledger_lib
 from dptrain.privacy import page
+from dptrain.privacy import released_metrics
 from dptrain.privacy import report as report_lib
 
+_MAX_POINTS = 60  # of a learning curve: means of more updates have less noise
+_UNITS = {"gradient_norm": " / clip norm"}
 
-def make_page(ledger: ledger_lib.Ledger) -> str:
+
+def make_page(
+  ledger: ledger_lib.Ledger,
+  metrics: Sequence[released_metrics.Release] = (),
+) -> str:
   """The page of a ledger, as HTML; it loads nothing from anywhere.
 
   Takes some seconds: what the curves show is computed anew.
 
   Args:
     ledger: of one MODEL_DIR.
+    metrics: what `released_metrics.read` found there; drawn if the ledger
+      prices it.
 
   Raises:
     LedgerError: the ledger has no header.
@@ -35,6 +45,7 @@ def make_page(ledger: ledger_lib.Ledger) -> str:
     alone = made.plan.get("bands", 1) == 1
     if alone and curves.prices_groups(releases, relation):
       parts.append(_groups(made, releases, relation))
+  parts += _learning(released_metrics.of_last_branch(ledger, metrics))
   parts += [
     "<h2>What was released</h2>",
     _released(made),
@@ -114,6 +125,42 @@ def _figures(
     # What is priced are rounds, of several updates each.
     shown = [pair for pair in drawn if pair[0] is not schedule]
   return ["<h2>Behind the number</h2>", page.plots(shown)]
+
+
+def _learning(metrics: Sequence[released_metrics.Release]) -> list[str]:
+  """Curves of the private metrics; nothing without them."""
+  if len(metrics) < 2:
+    return []
+  length = -(-len(metrics) // _MAX_POINTS)
+  windows = [
+    metrics[start : start + length] for start in range(0, len(metrics), length)
+  ]
+  ends = [window[-1].step + 1 for window in windows]
+  means = [released_metrics.mean(window) for window in windows]
+
+  def curve(name: str) -> Callable[[Any], None]:
+    values = [mean.values[name] for mean in means]
+    band = [2 * mean.noise[name] for mean in means]
+
+    def draw(axes: Any) -> None:
+      pairs = list(zip(values, band, strict=True))
+      axes.fill_between(
+        ends, [v - b for v, b in pairs], [v + b for v, b in pairs], alpha=0.25
+      )
+      axes.plot(ends, values)
+      label = name.replace("_", " ") + _UNITS.get(name, "")
+      axes.set(xlabel="updates", ylabel=label)
+
+    return draw
+
+  return [
+    "<h2>Learning curve</h2>",
+    "<p>Training metrics as they were released, with noise that the epsilon"
+    f" above pays for. Each point is the mean of {length:,} update(s); the band"
+    " is two standard deviations of the noise. Which records an update draws"
+    " adds to that.</p>",
+    page.plots([(curve(name), "") for name in metrics[0].values]),
+  ]
 
 
 def _groups(

@@ -70,6 +70,11 @@ class Launch:
     # The noise must not depend on how arrays are sharded.
     jax.config.update("jax_threefry_partitionable", True)
     _check_periods(run)
+    if run.privacy.bands > 1:
+      raise ValueError(
+        f"PrivacySettings.bands={run.privacy.bands}: under t5x the noise of"
+        " earlier updates is not at hand; use bands=1, or `dptrain train`."
+      )
     self.run = run
     self.directory = pathlib.Path(run.model_dir).expanduser()
     self.directory.mkdir(parents=True, exist_ok=True)

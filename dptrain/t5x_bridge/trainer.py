@@ -18,11 +18,13 @@ import numpy as np
 from t5x import metrics as t5x_metrics
 from t5x import trainer as t5x_trainer
 
+from dptrain.clipping import private_metrics
 from dptrain.t5x_bridge import fingerprint
 from dptrain.t5x_bridge import initial_state
 from dptrain.t5x_bridge import launch as launch_lib
 from dptrain.t5x_bridge import optimizers
 from dptrain.t5x_bridge import poisson_batches
+from dptrain.training import private_curves
 from dptrain.training import processes
 from dptrain.training import sharded_step
 from dptrain.training import step as step_lib
@@ -74,6 +76,9 @@ class PrivateTrainer(t5x_trainer.BaseTrainer):
       intact=self._programs.is_intact(self.train_state),
     )
     self._step = step
+    self._released = private_curves.PrivateCurves(
+      launch.prepared.step.metrics, launch.plan
+    )
     launch.on_report = self._log_epsilon
 
   @property
@@ -125,6 +130,7 @@ class PrivateTrainer(t5x_trainer.BaseTrainer):
             self.train_state, statistics = self._update(
               step, self.train_state, batch_iter
             )
+          self._released.add(step, statistics)
           self._step = step + 1
     except KeyboardInterrupt as error:
       raise t5x_trainer.PreemptionError(
@@ -191,10 +197,12 @@ class PrivateTrainer(t5x_trainer.BaseTrainer):
   def _metrics(
     self, statistics: Mapping[str, jax.Array]
   ) -> dict[str, clu_metrics.Metric]:
-    """Public figures; `statistics` is empty unless the run asks for it."""
+    """Public figures; unprotected ones only if the run asks for them."""
     sizes = self._launch.plan.expected_batch_size(max(self._step - 1, 0))
     told: dict[str, Any] = {"expected_batch_size": np.float32(sizes)}
-    told |= {f"unprotected/{name}": x for name, x in statistics.items()}
+    told |= self._released.window()
+    _, rest = private_metrics.separated(statistics)
+    told |= {f"unprotected/{name}": x for name, x in rest.items()}
     metrics: dict[str, clu_metrics.Metric] = {
       name: clu_metrics.LastValue.from_model_output(
         jnp.asarray(_local(x))[None]

@@ -10,17 +10,20 @@ from typing import Any
 import jax
 import numpy as np
 
+from dptrain.clipping import private_metrics
 from dptrain.data import batches
 from dptrain.privacy import accounting
 from dptrain.privacy import budget
 from dptrain.privacy import draws
 from dptrain.privacy import ledger as ledger_lib
+from dptrain.privacy import plan as plan_lib
 from dptrain.privacy import report as report_lib
 from dptrain.training import checkpoints as checkpoints_lib
 from dptrain.training import evaluation as evaluation_lib
 from dptrain.training import lineage as lineage_lib
 from dptrain.training import mesh as mesh_lib
 from dptrain.training import preparation as preparation_lib
+from dptrain.training import private_curves
 from dptrain.training import processes
 from dptrain.training import programs as programs_lib
 from dptrain.training import progress as progress_lib
@@ -111,15 +114,27 @@ class _Loop:
     self.run, self.directory, self.ledger = run, directory, ledger
     self.prepared, self.plan = prepared, prepared.plan
     programs = programs_lib.make_programs(
-      prepared.step, prepared.params, prepared.batch, prepared.layout
+      prepared.step,
+      prepared.params,
+      prepared.batch,
+      prepared.layout,
+      plan_lib.banded_noise(prepared.plan),
     )
     self.gathered, self.zeros = programs.gathered, programs.zeros
     self.accumulate, self.finish = programs.accumulate, programs.finish
+    self.begin_noise, self.next_noise = (
+      programs.begin_noise,
+      programs.next_noise,
+    )
+    self.noise_history: Any = None
     self.batches_built = itertools.count()
     self.draws: dict[int, np.ndarray] = {}
     self.limit = 0
     self.epsilon = _EpsilonMeter(self.plan.delta, self.plan.relation)
     self.evaluation: evaluation_lib.Evaluation | None = None
+    self.released = private_curves.PrivateCurves(
+      prepared.step.metrics, self.plan
+    )
 
   def run_to_the_end(self) -> run_lib.TrainingResult:
     """Restores, trains, saves; the result."""
@@ -196,7 +211,28 @@ class _Loop:
       return branch._asdict()
 
     self.branch = ledger_lib.Branch(**processes.first(open_branch))
+    self._replay_noise(step)
+    self.released.keep_in(self.directory, self.branch.name, step)
     return step, state
+
+  def _replay_noise(self, step: int) -> None:
+    """Brings correlated noise to where it was before update `step`.
+
+    It is made again and not restored: whoever had it could subtract it.
+    """
+    if self.begin_noise is None:
+      return
+    self.noise_history = self.begin_noise()
+    for past in range(self.branch.fork_step, step):
+      self._correlated(past)
+
+  def _correlated(self, step: int) -> Any:
+    """The noise of update `step`, after that of all before; None if fresh."""
+    if self.next_noise is None:
+      return None
+    key = self._key("noise", step)
+    unit, self.noise_history = self.next_noise(key, self.noise_history)
+    return unit
 
   def _update(self, step: int, state: Any) -> tuple[int, Any, Any]:
     """One update: the only road from private examples to parameters."""
@@ -225,6 +261,7 @@ class _Loop:
       noise_key=self._key("noise", step),
       noise_multiplier=release.noise_multiplier,
       expected_batch_size=float(self.plan.expected_batch_size(step)),
+      unit_noise=self._correlated(step),
     )
     return step + 1, {"params": params, "opt_state": opt_state}, statistics
 
@@ -268,9 +305,13 @@ class _Loop:
     progress: progress_lib.Progress,
   ) -> None:
     progress.advance(self.plan.expected_batch_size(step - 1))
+    self.released.add(step - 1, statistics)
     curves: dict[str, float] = {}
     if self._due(step, self.run.log_period) or step == limit:
-      curves |= {f"unprotected/{k}": float(v) for k, v in statistics.items()}
+      curves |= self.released.window()
+      progress.show(**private_curves.in_words(curves))
+      _, rest = private_metrics.separated(statistics)
+      curves |= {f"unprotected/{k}": float(v) for k, v in rest.items()}
       epsilon = None
       if processes.is_first():
         epsilon = self.epsilon(self.ledger, now=step == limit)
@@ -315,6 +356,8 @@ class _Loop:
   def _save(
     self, checkpoints: checkpoints_lib.Checkpoints, step: int, state: Any
   ) -> None:
+    # Later updates are repeated after a crash, earlier ones never are.
+    self.released.flush()
     checkpoints.save(
       step,
       state,

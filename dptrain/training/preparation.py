@@ -11,6 +11,7 @@ import jax
 
 from dptrain.clipping import adaptation as adaptation_lib
 from dptrain.clipping import methods
+from dptrain.clipping import private_metrics
 from dptrain.clipping import rules
 from dptrain.data import batches
 from dptrain.data import store as store_lib
@@ -140,6 +141,7 @@ def prepare(
     run.privacy,
     store.num_examples,
     calibrated_noise=recorded.get("noise_multiplier"),
+    noise_coefficients=recorded.get("noise_coefficients"),
   )
   corpus_fingerprint = seed.fingerprint(store.content_digest())
   ledger.start(
@@ -169,6 +171,7 @@ def prepare(
     clipping_method=clipping,
     microbatch_size=run.microbatch_size,
     adaptation=_adaptation(plan),
+    metrics=_metrics(plan),
   )
   return Preparation(
     plan=plan,
@@ -219,6 +222,20 @@ def _adaptation(
     target_quantile=plan.adaptive_quantile,
     learning_rate=plan.adaptive_learning_rate,
     budget_share=plan.adaptive_budget_share,
+  )
+
+
+def _metrics(
+  plan: plan_lib.PrivacyPlan,
+) -> private_metrics.PrivateMetrics | None:
+  ranges = plan_lib.metric_ranges(plan.as_dict())
+  if plan.private_metrics_share is None:
+    return None
+  return private_metrics.PrivateMetrics(
+    budget_share=plan.private_metrics_share,
+    names=tuple(ranges),
+    max_loss=ranges["loss"],
+    max_norm=ranges["gradient_norm"],
   )
 
 

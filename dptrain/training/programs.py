@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from dptrain.privacy import correlated_noise
+from dptrain.privacy import noise
 from dptrain.training import mesh as mesh_lib
 from dptrain.training import sharded_step
 from dptrain.training import step as step_lib
@@ -24,12 +26,17 @@ class Programs(NamedTuple):
       collective.
     finish: as `PrivateStep.finish`, on parameters at rest. The one reduction of
       an update is in it.
+    begin_noise: () -> the history of a branch's noise before its first update.
+    next_noise: (noise key, history) -> what `finish` takes as `unit_noise`, and
+      the history for the update after. None, both, where noise is independent.
   """
 
   gathered: Callable[[Any], Any]
   zeros: Callable[[Any, Any], step_lib.Accumulator]
   accumulate: Callable[..., step_lib.Accumulator]
   finish: Callable[..., tuple[Any, Any, dict[str, jax.Array]]]
+  begin_noise: Callable[[], Any] | None = None
+  next_noise: Callable[[jax.Array, Any], tuple[Any, Any]] | None = None
 
 
 def make_programs(
@@ -37,6 +44,7 @@ def make_programs(
   params: Any,
   batch: Any,
   layout: mesh_lib.Layout | None = None,
+  banded: correlated_noise.BandedNoise | None = None,
 ) -> Programs:
   """Jits the private step; nothing is compiled until it is called.
 
@@ -45,10 +53,33 @@ def make_programs(
     params: shapes of the parameters.
     batch: shapes of a physical batch [B, ...].
     layout: of the mesh; None for one device.
+    banded: how the noise of updates is correlated; None: not at all.
 
   Returns:
     The programs.
   """
+  programs = _of_step(step, params, batch, layout)
+  if banded is None:
+    return programs
+  opt_state = jax.eval_shape(step.init, params)
+  like = step_lib.noised(jax.eval_shape(step.zeros, params, batch, opt_state))
+
+  def next_noise(key: jax.Array, history: Any) -> tuple[Any, Any]:
+    return banded.next(noise.gaussian_like(key, like, 1.0), history)
+
+  return programs._replace(
+    begin_noise=jax.jit(lambda: banded.begin(like)),
+    next_noise=jax.jit(next_noise),
+  )
+
+
+def _of_step(
+  step: step_lib.PrivateStep,
+  params: Any,
+  batch: Any,
+  layout: mesh_lib.Layout | None,
+) -> Programs:
+  """The programs of `make_programs` under independent noise."""
   if layout is None:
     return Programs(
       gathered=lambda params: params,

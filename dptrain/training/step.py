@@ -20,29 +20,14 @@ import optax
 from dptrain.clipping import adaptation as adaptation_lib
 from dptrain.clipping import methods
 from dptrain.clipping import per_example
+from dptrain.clipping import private_metrics
 from dptrain.clipping import rules
+from dptrain.clipping import shares as shares_lib
 from dptrain.privacy import noise
+from dptrain.training import unprotected
 
 Params = Any
 Batch = Any
-
-
-class Statistics(NamedTuple):
-  """Sums over the examples of one update. PRIVATE: outside the guarantee.
-
-  Attributes:
-    examples: examples that took part.
-    clipped: how many of them were longer than the clip norm.
-    non_finite: how many were dropped for NaN or infinity.
-    loss: sum of per-example losses.
-    aux: sums of what the loss function returned beside them.
-  """
-
-  examples: jax.Array
-  clipped: jax.Array
-  non_finite: jax.Array
-  loss: jax.Array
-  aux: Any
 
 
 class Accumulator(NamedTuple):
@@ -52,11 +37,13 @@ class Accumulator(NamedTuple):
     gradients: float32 tree: the sum of clipped gradients.
     statistics: None unless the step collects them.
     adapting: None if the clip norm is fixed.
+    metrics: `PrivateMetrics.sums` so far, [K]; None without.
   """
 
   gradients: Any
-  statistics: Statistics | None
+  statistics: unprotected.Statistics | None
   adapting: "Adapting | None" = None
+  metrics: jax.Array | None = None
 
 
 class Adapting(NamedTuple):
@@ -83,6 +70,13 @@ class AdaptiveState(NamedTuple):
   l2_clip_norm: jax.Array
 
 
+def noised(accumulator: Accumulator) -> tuple[Any, Any, Any]:
+  """What of an accumulator gets noise, as one vector: sum, tally, metrics."""
+  adapting = accumulator.adapting
+  tally = None if adapting is None else adapting.tally
+  return accumulator.gradients, tally, accumulator.metrics
+
+
 @dataclasses.dataclass(frozen=True)
 class PrivateStep:
   """From physical batches to one differentially private update.
@@ -96,20 +90,22 @@ class PrivateStep:
   post-processing. An update without examples is pure noise. Public:
   the rule, the noise multiplier, the expected batch size, the optimizer.
 
-  With `adaptation` that mechanism releases a noisy tally beside the sum, at the
-  same price (`NormAdaptation`).
+  With `adaptation` that mechanism releases a noisy tally beside the sum, and
+  with `metrics` their noisy sums, at the same price: the noise on all parts
+  grows to match (`clipping.shares`).
 
   Attributes:
     loss_fn: `per_example.PerExampleLoss`.
     rule: the clipping rule; its norm is the first one if it adapts.
     optimizer: any optax transformation.
-    collect_statistics: also sum `Statistics`, which are not protected.
+    collect_statistics: also sum `unprotected.Statistics`.
     clipping_method: how clipped sums are computed, one of `methods.METHODS`,
       or what `methods.choose` returned; changes speed and memory, not the
       result.
     microbatch_size: rows of a physical batch that are clipped at once, in a
       loop on the device; it divides B. None: all B.
     adaptation: how the clip norm moves; None: it is fixed.
+    metrics: what is released of losses and norms; None: nothing.
   """
 
   loss_fn: per_example.PerExampleLoss
@@ -119,6 +115,7 @@ class PrivateStep:
   clipping_method: str | methods.Choice = "auto"
   microbatch_size: int | None = None
   adaptation: adaptation_lib.NormAdaptation | None = None
+  metrics: private_metrics.PrivateMetrics | None = None
 
   def __post_init__(self) -> None:
     if self.adaptation is not None and self.rule.kind == "automatic":
@@ -126,7 +123,7 @@ class PrivateStep:
         "automatic clipping has no clip norm that could adapt: use the rule"
         " 'flat' or 'normalized', or no NormAdaptation."
       )
-
+    shares_lib.check(self._shares())
     if self.microbatch_size is not None and self.microbatch_size < 1:
       raise ValueError(
         f"PrivateStep.microbatch_size={self.microbatch_size} must be a positive"
@@ -176,6 +173,8 @@ class PrivateStep:
         )
       adapting = Adapting(opt_state.l2_clip_norm, jnp.zeros((), jnp.float32))
       accumulator = accumulator._replace(adapting=adapting)
+    if self.metrics is not None:
+      accumulator = accumulator._replace(metrics=self.metrics.zeros())
     if not self.collect_statistics:
       return accumulator
     key = jax.random.key(0, impl="threefry2x32")
@@ -243,6 +242,7 @@ class PrivateStep:
     noise_key: jax.Array,
     noise_multiplier: jax.Array | float,
     expected_batch_size: jax.Array | float,
+    unit_noise: Any = None,
   ) -> tuple[Params, Any, dict[str, jax.Array]]:
     """Makes the sum private and updates the parameters, once per update.
 
@@ -253,23 +253,25 @@ class PrivateStep:
       noise_key: key of this update, used for nothing else.
       noise_multiplier: noise standard deviation over sensitivity.
       expected_batch_size: the public constant to divide by.
+      unit_noise: noise for what is `noised`, of a strategy whose columns have
+        norm 1 (`correlated_noise.BandedNoise`); None: independent standard
+        normal noise, drawn from `noise_key`.
 
     Returns:
-      New parameters, new `opt_state`, and unprotected statistics (empty
-      unless collected): per-example means and the ratio of the norms of the
-      clipped sum and of the noise (gradient SNR, arXiv 2108.01624).
+      New parameters, new `opt_state`, and figures: released metrics under
+      "private/..." names; all others (none unless collected) are unprotected:
+      per-example means and the ratio of the norms of the clipped sum and of the
+      noise (gradient SNR, arXiv 2108.01624).
     """
     adaptation, adapting = self.adaptation, accumulator.adapting
     stddev = noise_multiplier * self._rule(accumulator).sensitivity
-    if adaptation is not None:
-      stddev = stddev * adaptation.gradient_noise_factor
-    # One Gaussian mechanism on one vector: the sum and, if there is one, the
-    # tally.
-    unit, unit_tally = noise.gaussian_like(
-      noise_key,
-      (accumulator.gradients, adapting.tally if adapting else None),
-      1.0,
-    )
+    if shares := self._shares():
+      stddev = stddev * shares_lib.gradient_noise_factor(shares.values())
+    # One Gaussian mechanism on one vector: the sum and, if there are any, the
+    # tally and the metrics.
+    if unit_noise is None:
+      unit_noise = noise.gaussian_like(noise_key, noised(accumulator), 1.0)
+    unit, unit_tally, unit_metrics = unit_noise
     drawn = jax.tree.map(lambda n: stddev * n, unit)
     gradient = jax.tree.map(
       lambda total, n, p: ((total + n) / expected_batch_size).astype(p.dtype),
@@ -290,11 +292,28 @@ class PrivateStep:
       )
       opt_state = AdaptiveState(inner, norm)
     params = optax.apply_updates(params, updates)
-    if accumulator.statistics is None:
-      return params, opt_state, {}
-    signal = optax.tree.norm(accumulator.gradients) / optax.tree.norm(drawn)
-    means = _means(accumulator.statistics) | {"gradient_snr": signal}
-    return params, opt_state, means
+    told: dict[str, jax.Array] = {}
+    if self.metrics is not None and accumulator.metrics is not None:
+      spread = self.metrics.noise_stddev(noise_multiplier)
+      noisy = accumulator.metrics + spread * unit_metrics
+      told |= self.metrics.released(noisy, expected_batch_size)
+    if accumulator.statistics is not None:
+      signal = optax.tree.norm(accumulator.gradients) / optax.tree.norm(drawn)
+      told |= unprotected.means(accumulator.statistics)
+      told["gradient_snr"] = signal
+    return params, opt_state, told
+
+  def _shares(self) -> dict[str, float]:
+    """What of an update's budget is not the gradients', by whose it is."""
+    parts = {
+      "NormAdaptation.budget_share": self.adaptation,
+      "PrivateMetrics.budget_share": self.metrics,
+    }
+    return {
+      name: part.budget_share
+      for name, part in parts.items()
+      if part is not None
+    }
 
   def _rule(self, accumulator: Accumulator) -> rules.ClippingRule:
     if accumulator.adapting is None:
@@ -322,9 +341,14 @@ class PrivateStep:
       )
       adapting = adapting._replace(tally=adapting.tally + tally)
       added = added._replace(adapting=adapting)
+    if self.metrics is not None and accumulator.metrics is not None:
+      metrics = self.metrics.sums(clipped, rule.l2_clip_norm)
+      added = added._replace(metrics=accumulator.metrics + metrics)
     if accumulator.statistics is None:
       return added
-    statistics = _sums(clipped, batch["is_padding"], rule.l2_clip_norm)
+    statistics = unprotected.sums(
+      clipped, batch["is_padding"], rule.l2_clip_norm
+    )
     return added._replace(
       statistics=jax.tree.map(jnp.add, accumulator.statistics, statistics)
     )
@@ -351,39 +375,8 @@ class PrivateStep:
 
   def _statistics(
     self, params: Params, batch: Batch, examples_key: jax.Array
-  ) -> Statistics:
+  ) -> unprotected.Statistics:
     clipped = self._clipped_sum(params, batch, examples_key, self.rule)
-    return _sums(clipped, batch["is_padding"], self.rule.l2_clip_norm)
-
-
-def _sums(
-  clipped: per_example.ClippedSum, is_padding: jax.Array, l2_clip_norm: Any
-) -> Statistics:
-  """Sums over the examples of one batch. PRIVATE."""
-  count = clipped.contributes
-
-  def total(x: jax.Array) -> jax.Array:
-    mask = count.reshape(-1, *[1] * (x.ndim - 1))
-    return jnp.sum(jnp.where(mask, x, 0).astype(jnp.float32), axis=0)
-
-  return Statistics(
-    examples=total(count),
-    clipped=total(clipped.norms > l2_clip_norm),
-    non_finite=jnp.sum((~count & ~is_padding).astype(jnp.float32)),
-    loss=total(clipped.losses),
-    aux=jax.tree.map(total, clipped.aux),
-  )
-
-
-def _means(sums: Statistics) -> dict[str, jax.Array]:
-  examples = jnp.maximum(sums.examples, 1.0)
-  means = {
-    "realised_batch_size": sums.examples,
-    "clip_fraction": sums.clipped / examples,
-    "non_finite_examples": sums.non_finite,
-    "loss": sums.loss / examples,
-  }
-  if isinstance(sums.aux, dict) and {"correct", "masked"} <= set(sums.aux):
-    masked = jnp.maximum(sums.aux["masked"], 1.0)
-    means["accuracy"] = sums.aux["correct"] / masked
-  return means
+    return unprotected.sums(
+      clipped, batch["is_padding"], self.rule.l2_clip_norm
+    )

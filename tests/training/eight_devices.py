@@ -345,6 +345,23 @@ def test_a_run_goes_on_on_another_mesh(finished, tmp_path, sizes):
     np.testing.assert_array_equal(one, other)
 
 
+def test_correlated_noise_goes_on_on_another_mesh(tmp_path):
+  def train(folder, sizes):
+    run = small_run.make_run(folder, mesh=sizes)
+    privacy = dataclasses.replace(
+      run.privacy, sampling="cyclic_poisson", bands=3
+    )
+    run = dataclasses.replace(run, privacy=privacy)
+    return loop.train(run, small_run.records())
+
+  whole, copy = tmp_path / "whole", tmp_path / "copy"
+  train(whole, {"data": 1})
+  shutil.copytree(whole, copy)
+  small_run.cut(copy, 4)
+  train(copy, {"data": 2, "fsdp": 2, "model": 2})
+  small_run.assert_close(whole, copy)
+
+
 def test_made_updates_are_not_repeated_on_another_mesh(finished, tmp_path):
   """Their rounding differs: what was released is not released again."""
   copy = shutil.copytree(finished[0], tmp_path / "copy")

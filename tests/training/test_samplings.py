@@ -3,16 +3,21 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
+import optax
 import pytest
 import small_run
 
 from dptrain.privacy import accounting
 from dptrain.privacy import draws
+from dptrain.privacy import keys
 from dptrain.privacy import ledger as ledger_lib
+from dptrain.privacy import noise
 from dptrain.privacy import report as report_lib
 from dptrain.training import lineage
 from dptrain.training import loop
+from dptrain.training import step as step_lib
 
 KINDS = {
   "truncated_poisson": ("zero_out", {}),
@@ -116,3 +121,74 @@ def test_a_budget_stops_between_rounds_only(tmp_path):
   # Five batches of 40 are a pass over 200 records, and three passes fit.
   assert result.step == 15
   assert result.epsilon <= three + 1e-6
+
+
+def banded(model_dir, bands=3, **options):
+  run = small_run.make_run(model_dir, **options)
+  privacy = dataclasses.replace(
+    run.privacy, sampling="cyclic_poisson", bands=bands
+  )
+  return dataclasses.replace(run, privacy=privacy)
+
+
+def test_correlated_noise_is_what_the_strategy_says(tmp_path, monkeypatch):
+  # Nobody takes part and the optimizer adds up: what moves is the noise.
+  monkeypatch.setattr(draws, "draw", lambda *_: np.array([], np.int64))
+  run = banded(tmp_path, optimizer="sgd", rate=1.0, clipping="flat")
+  run = dataclasses.replace(run, optimizer=optax.sgd(1.0))
+  seen = []
+  finish = step_lib.PrivateStep.finish
+
+  def watched(self, params, opt_state, accumulator, **rest):
+    new = finish(self, params, opt_state, accumulator, **rest)
+    moved = jax.tree.map(
+      lambda a, b: (a - b) * rest["expected_batch_size"], params, new[0]
+    )
+    jax.debug.callback(lambda tree: seen.append(tree), moved)
+    return new
+
+  monkeypatch.setattr(step_lib.PrivateStep, "finish", watched)
+  loop.train(run, small_run.records())
+  header = small_run.ledger_lines(tmp_path, "plan")[0]["plan"]
+  coefficients = header["noise_coefficients"]
+  assert len(coefficients) == 3
+  seed = keys.fixed_seed(7)
+  branch = small_run.ledger_lines(tmp_path, "branch")[0]["name"]
+  z = [
+    noise.gaussian_like(
+      seed.key("noise", branch, s), (seen[0], None, None), 1.0
+    )
+    for s in range(6)
+  ]
+  strategy = sum(
+    np.diag(np.full(6 - k, c), -k) for k, c in enumerate(coefficients)
+  )
+  for name in seen[0]:
+    rows = np.stack([np.asarray(x[0][name]).ravel() for x in z])
+    expected = 4.0 * 0.1 * np.linalg.solve(strategy, rows.astype(float))
+    found = np.stack([np.asarray(x[name]).ravel() for x in seen])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+
+
+def test_correlated_noise_goes_on_after_a_stop_and_is_never_saved(tmp_path):
+  whole, halves = tmp_path / "whole", tmp_path / "halves"
+  loop.train(banded(whole), small_run.records())
+  loop.train(banded(halves), small_run.records())
+  small_run.cut(halves, 4)
+  loop.train(banded(halves), small_run.records())
+  small_run.assert_same(whole, halves)
+  plain = tmp_path / "plain"
+  loop.train(small_run.make_run(plain), small_run.records())
+  saved = [
+    small_run.newest_state(folder)[1].keys() for folder in (plain, whole)
+  ]
+  assert saved[0] == saved[1]
+
+
+def test_rounds_of_correlated_noise_cost_one_update_each(tmp_path):
+  result = loop.train(banded(tmp_path), small_run.records())
+  # Groups of 66; a round costs what its larger probability does.
+  prices = [accounting.Releases(1, b / 66, 4.0) for b in (20, 40)]
+  assert result.epsilon == accounting.epsilon(prices, 1e-5).value
+  text = report_lib.make_report(ledger_lib.read(tmp_path)).as_text()
+  assert "noise of 3 updates in a row is correlated (BandMF)" in text
