@@ -112,7 +112,9 @@ def _schedule(made: forecast_lib.Forecast) -> list[_Draw]:
     steps += [phase.first_step, phase.first_step + phase.num_steps]
     batches += [phase.expected_batch_size] * 2
     ratios += [phase.noise_batch_ratio] * 2
-  size = made.plan.num_examples
+  # Within its group, under some samplings, a record is drawn more often.
+  first = made.phases[0]
+  size = first.expected_batch_size / first.sampling_prob
 
   def batch(axes: Any) -> None:
     axes.plot(steps, batches)
@@ -196,6 +198,7 @@ def _dots(
     axes.xaxis.set_minor_formatter("")
   else:
     axes.set(xlim=(0, 1.08 * max(values)))
+    axes.locator_params(axis="x", nbins=5)
   axes.set(xlabel=label)
   axes.invert_yaxis()
   axes.grid(axis="y", color="#ddd")
