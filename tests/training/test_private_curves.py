@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import small_run
 
+from dptrain import cli
 from dptrain.clipping import private_metrics
 from dptrain.privacy import ledger as ledger_lib
 from dptrain.privacy import released_metrics
@@ -56,6 +57,11 @@ def test_every_update_is_in_the_file_with_its_noise(measured):
         "gradient_norm": 10 * noise_of_shares,
       }
     )
+
+
+def test_the_report_page_draws_the_file(measured, capsys):
+  assert cli.main(["report", str(measured), "--format", "html"]) == 0
+  assert "Learning curve" in capsys.readouterr().out
 
 
 def test_metrics_cost_no_epsilon(measured, tmp_path):
