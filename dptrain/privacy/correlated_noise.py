@@ -53,6 +53,20 @@ class BandedNoise:
     """How many updates the noise of one is spread over."""
     return len(self.coefficients)
 
+  def largest_stddev(self, num_steps: int) -> float:
+    """The most that one coordinate's noise may spread, in units of z.
+
+    Each update's noise is larger than independent noise; it is their sums that
+    are smaller.
+
+    Args:
+      num_steps: S, of the run.
+    """
+    rows = toeplitz.inverse_coef(
+      np.asarray(self.coefficients, np.float32), num_steps
+    )
+    return float(np.linalg.norm(np.asarray(rows, np.float64)))
+
   def begin(self, like: Any) -> Any:
     """The history before a branch's first update.
 

@@ -31,7 +31,7 @@ code { font-size: .9em; background: #f3f3f3; padding: 0 .2em; }
 @page { margin: 16mm; }
 """
 
-_MAX_POINTS = 60  # of a learning curve: means of more updates have less noise
+_MAX_POINTS = 40  # of a learning curve: means of more updates have less noise
 _UNITS = {"gradient_norm": " / clip norm"}
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
@@ -187,12 +187,12 @@ def _learning(metrics: Sequence[released_metrics.Release]) -> list[str]:
   figures = "".join(
     f"<figure>{_drawing(curve(name))}</figure>" for name in metrics[0].values
   )
+  point = "one update" if length == 1 else f"the mean of {length:,} updates"
   return [
     "<h2>Learning curve</h2>",
     "<p>Training metrics as they were released, with noise that the epsilon"
-    f" above pays for. Each point is the mean of {length:,} update(s); the band"
-    " is two standard deviations of the noise. Which records an update draws"
-    " adds to that.</p>",
+    f" above pays for. A point is {point}, the band two standard deviations of"
+    " the noise; which records an update draws adds to that.</p>",
     f'<div class="plots">{figures}</div>',
   ]
 
