@@ -26,7 +26,7 @@ def test_private_wings_import_no_framework_of_data_or_settings():
 
 
 def test_clipping_any_flax_model_needs_flax_alone():
-  modules = "dptrain.clipping.methods, dptrain.clipping.adaptation"
+  modules = "dptrain.clipping.methods, dptrain.clipping.private_metrics"
   code = f"import sys, {modules}; print(*sys.modules)"
   names = run("-c", code).stdout.split()
   roots = {name.partition(".")[0] for name in names}

@@ -53,8 +53,8 @@ FAULTS = {
   ),
   "the tally's noise for half of its sensitivity": Fault(
     "clipping/adaptation.py",
-    "return 0.5 * noise_multiplier / math.sqrt(self.budget_share)",
-    "return 0.25 * noise_multiplier / math.sqrt(self.budget_share)",
+    "shares.noise_stddev(0.5,",
+    "shares.noise_stddev(0.25,",
     "training/test_adaptive_clipping.py::test_the_parts_cost_together_what_the"
     "_plan_prices",
   ),
@@ -66,7 +66,7 @@ FAULTS = {
   ),
   "the gradients' noise not enlarged for the tally": Fault(
     "training/step.py",
-    "stddev = stddev * adaptation.gradient_noise_factor",
+    "stddev = stddev * shares_lib.gradient_noise_factor(shares.values())",
     "stddev = stddev * 1.0",
     "training/test_adaptive_clipping.py::test_both_noises_have_the_stated"
     "_deviation",
@@ -77,6 +77,40 @@ FAULTS = {
     "self.rule.sensitivity",
     "training/test_adaptive_clipping.py::test_both_noises_have_the_stated"
     "_deviation",
+  ),
+  "private metrics without noise": Fault(
+    "training/step.py",
+    "noisy = accumulator.metrics + spread * unit_metrics",
+    "noisy = accumulator.metrics",
+    "training/test_private_metrics.py::test_all_noises_have_the_stated"
+    "_deviation",
+  ),
+  "the metrics' noise for half of their sensitivity": Fault(
+    "clipping/private_metrics.py",
+    "return math.sqrt(len(self.names)) / 2.0",
+    "return math.sqrt(len(self.names)) / 4.0",
+    "training/test_private_metrics.py::test_one_example_moves_the_whole_release"
+    "_by_no_more_than_is_priced",
+  ),
+  "the gradients' noise not enlarged for the metrics": Fault(
+    "training/step.py",
+    '      "PrivateMetrics.budget_share": self.metrics,\n',
+    "",
+    "training/test_private_metrics.py::test_all_noises_have_the_stated"
+    "_deviation",
+  ),
+  "metrics of an example without a bound": Fault(
+    "clipping/private_metrics.py",
+    "jnp.clip(jnp.nan_to_num(scaled, nan=0.0), 0.0, 1.0) - 0.5",
+    "jnp.nan_to_num(scaled, nan=0.0) - 0.5",
+    "training/test_private_metrics.py::test_one_example_moves_the_whole_release"
+    "_by_no_more_than_is_priced",
+  ),
+  "metrics of padding rows": Fault(
+    "clipping/private_metrics.py",
+    "jnp.where(clipped.contributes, bounded, 0.0)",
+    "bounded",
+    "clipping/test_metric_sums.py::test_the_sums_are_those_of_a_naive_loop",
   ),
   "padding rows not masked": Fault(
     "clipping/per_example.py",

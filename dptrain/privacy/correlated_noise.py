@@ -10,7 +10,6 @@ Shapes: S updates, b bands.
 import dataclasses
 from typing import Any
 
-from jax_privacy.matrix_factorization import toeplitz
 import numpy as np
 
 
@@ -53,6 +52,20 @@ class BandedNoise:
     """How many updates the noise of one is spread over."""
     return len(self.coefficients)
 
+  def largest_stddev(self, num_steps: int) -> float:
+    """The most that one coordinate's noise may spread, in units of z.
+
+    Each update's noise is larger than independent noise; it is their sums that
+    are smaller.
+
+    Args:
+      num_steps: S, of the run.
+    """
+    rows = _toeplitz().inverse_coef(
+      np.asarray(self.coefficients, np.float32), num_steps
+    )
+    return float(np.linalg.norm(np.asarray(rows, np.float64)))
+
   def begin(self, like: Any) -> Any:
     """The history before a branch's first update.
 
@@ -75,7 +88,7 @@ class BandedNoise:
 
   def _inverse(self) -> Any:
     coefficients = np.asarray(self.coefficients, np.float32)
-    return toeplitz.inverse_as_streaming_matrix(coefficients)
+    return _toeplitz().inverse_as_streaming_matrix(coefficients)
 
 
 def coefficients(bands: int, num_steps: int) -> tuple[float, ...]:
@@ -91,6 +104,13 @@ def coefficients(bands: int, num_steps: int) -> tuple[float, ...]:
   bands = min(bands, num_steps)
   if bands == 1:
     return (1.0,)
-  found = toeplitz.optimize_banded_toeplitz(num_steps, bands)
+  found = _toeplitz().optimize_banded_toeplitz(num_steps, bands)
   values = np.asarray(found, np.float64)
   return tuple((values / np.linalg.norm(values)).tolist())
+
+
+def _toeplitz() -> Any:
+  # Imported late: it takes a second and brings JAX, which plans do without.
+  from jax_privacy.matrix_factorization import toeplitz
+
+  return toeplitz

@@ -305,7 +305,11 @@ def differences(recorded: dict[str, Any], current: dict[str, Any]) -> list[str]:
     field.name: field.default for field in dataclasses.fields(PrivacySettings)
   }
   recorded = {
-    **{name: defaults.get(name) for name in current},
+    **{
+      name: value
+      for name, value in current.items()
+      if value is None or value == defaults.get(name)
+    },
     **recorded,
   }
   return [

@@ -12,7 +12,7 @@ from dptrain.privacy import page
 from dptrain.privacy import released_metrics
 from dptrain.privacy import report as report_lib
 
-_MAX_POINTS = 60  # of a learning curve: means of more updates have less noise
+_MAX_POINTS = 40  # of a learning curve: means of more updates have less noise
 _UNITS = {"gradient_norm": " / clip norm"}
 
 
@@ -153,12 +153,12 @@ def _learning(metrics: Sequence[released_metrics.Release]) -> list[str]:
 
     return draw
 
+  point = "one update" if length == 1 else f"the mean of {length:,} updates"
   return [
     "<h2>Learning curve</h2>",
     "<p>Training metrics as they were released, with noise that the epsilon"
-    f" above pays for. Each point is the mean of {length:,} update(s); the band"
-    " is two standard deviations of the noise. Which records an update draws"
-    " adds to that.</p>",
+    f" above pays for. A point is {point}, the band two standard deviations of"
+    " the noise; which records an update draws adds to that.</p>",
     page.plots([(curve(name), "") for name in metrics[0].values]),
   ]
 

@@ -33,6 +33,9 @@ class PrivateCurves:
       plan: of the run.
     """
     self._metrics, self._plan = metrics, plan
+    banded = plan_lib.banded_noise(plan)
+    # Of correlated noise: the largest, and sums of it are smaller.
+    self._spread = banded.largest_stddev(plan.num_steps) if banded else 1.0
     self._directory: pathlib.Path | None = None
     self._branch = ""
     # Values may still be being computed: nobody waits for them here.
@@ -109,7 +112,7 @@ class PrivateCurves:
       step,
       size,
       {name: float(values[name]) for name in metrics.names},
-      metrics.noise_of_means(self._plan.noise_multiplier, size),
+      metrics.noise_of_means(self._spread * self._plan.noise_multiplier, size),
     )
 
   def _give_up(self, error: OSError) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from dptrain.clipping import adaptation
 from dptrain.clipping import rules
+from dptrain.clipping import shares
 
 norms = st.lists(
   st.tuples(st.floats(0, 10, width=32) | st.just(math.nan), st.booleans()),
@@ -77,7 +78,7 @@ def test_the_norm_never_leaves_what_float32_can_bound(tally, limit):
 def test_the_two_noises_share_one_budget():
   for share in (0.01, 0.3):
     adapt = adaptation.NormAdaptation(budget_share=share)
-    of_gradients = 1.3 * adapt.gradient_noise_factor
+    of_gradients = 1.3 * shares.gradient_noise_factor([share])
     of_tally = adapt.tally_noise_stddev(1.3) / 0.5
     assert of_gradients**-2 + of_tally**-2 == pytest.approx(1.3**-2)
     assert of_tally**-2 == pytest.approx(share * 1.3**-2)

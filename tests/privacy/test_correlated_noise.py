@@ -82,6 +82,13 @@ def test_sums_of_correlated_noise_are_smaller(banded):
   assert together < 0.5 * alone
 
 
+def test_no_updates_noise_spreads_further_than_stated(banded):
+  rows = np.linalg.inv(strategy(banded.coefficients))
+  found = banded.largest_stddev(STEPS)
+  assert found == pytest.approx(np.linalg.norm(rows, axis=1).max(), rel=1e-5)
+  assert found > 1
+
+
 @pytest.mark.parametrize(
   "wrong", [(), (0.9, 0.9), (0.0, 1.0), (2.0,), (-1.0,), (float("nan"),)]
 )

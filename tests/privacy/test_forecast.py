@@ -52,6 +52,15 @@ def test_phases_tell_probability_and_noise_batch_ratio():
   assert second.noise_batch_ratio == 1.5 / 400
 
 
+def test_private_metrics_are_told_with_their_noise():
+  made = forecast_lib.forecast(plan(private_metrics_share=0.01))
+  assert made.epsilon == forecast_lib.forecast(plan()).epsilon
+  # 1.5 / 0.1 examples, of 100 and of 400.
+  told = "private metrics         1 % of the budget; noise on accuracy 0.15 to"
+  assert f"{told} 0.037\n" in made.as_text()
+  assert "private metrics" not in forecast_lib.forecast(plan()).as_text()
+
+
 def test_alternatives_cost_the_same():
   made = forecast_lib.forecast(
     plan(noise_multiplier=None, target_epsilon=2.0),

@@ -68,6 +68,7 @@ def test_a_plan_keeps_every_setting():
     l2_clip_norm=0.5,
     clipping="automatic",
     automatic_gamma=0.02,
+    private_metrics_share=0.1,
     relation="zero_out",
   )
   plan = make_plan(chosen, 1000)
@@ -112,7 +113,14 @@ def test_a_delta_that_allows_publishing_records_is_told():
 
 @pytest.mark.parametrize(
   "name",
-  ["noise_multiplier", "target_epsilon", "l2_clip_norm", "automatic_gamma"],
+  [
+    "noise_multiplier",
+    "target_epsilon",
+    "l2_clip_norm",
+    "automatic_gamma",
+    "private_metrics_max_loss",
+    "private_metrics_max_norm",
+  ],
 )
 @pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan])
 def test_refuses_what_is_not_positive(name, value):
@@ -131,7 +139,10 @@ def test_refuses_norms_that_float32_cannot_tell(name):
   make(**{name: 1e-10})
 
 
-@pytest.mark.parametrize("name", ["adaptive_quantile", "adaptive_budget_share"])
+@pytest.mark.parametrize(
+  "name",
+  ["adaptive_quantile", "adaptive_budget_share", "private_metrics_share"],
+)
 @pytest.mark.parametrize("value", [0, 1, -0.5, math.inf, math.nan])
 def test_refuses_what_is_no_share_of_adaptation(name, value):
   with pytest.raises(
@@ -164,6 +175,45 @@ def test_adaptation_is_in_the_plan_and_costs_nothing_more():
     "adaptive_budget_share was 0.01 and is now 0.3",
     "adaptive_quantile was None and is now 0.5",
   ]
+
+
+def test_private_metrics_are_in_the_plan_and_cost_nothing_more():
+  told = make(private_metrics_share=0.05, private_metrics_max_loss=7)
+  assert list(told.releases()) == list(make().releases())
+  assert plan_lib.differences(make().as_dict(), told.as_dict()) == [
+    "private_metrics_max_loss was None and is now 7",
+    "private_metrics_max_norm was None and is now 10.0",
+    "private_metrics_share was None and is now 0.05",
+  ]
+
+
+def test_without_private_metrics_a_plan_is_that_of_before_there_were_any():
+  plan = make(private_metrics_max_loss=7).as_dict()
+  older = {k: v for k, v in plan.items() if not k.startswith("private_metrics")}
+  assert plan_lib.differences(older, plan) == []
+  assert plan_lib.metric_ranges(older) == plan_lib.metric_ranges(plan) == {}
+
+
+def test_what_is_released_of_metrics():
+  plan = make(private_metrics_share=0.05, private_metrics_max_norm=3.0)
+  assert plan_lib.metric_ranges(plan.as_dict()) == {
+    "loss": 12.0,
+    "accuracy": 1.0,
+    "clip_fraction": 1.0,
+    "gradient_norm": 3.0,
+  }
+  plan = make(private_metrics_share=0.05, clipping="automatic")
+  assert "clip_fraction" not in plan_lib.metric_ranges(plan.as_dict())
+
+
+def test_shares_that_leave_the_gradients_nothing_are_refused():
+  shares = {"adaptive_budget_share": 0.4, "private_metrics_share": 0.6}
+  make(**shares)  # the clip norm is fixed: only one of them counts
+  with pytest.raises(
+    ValueError,
+    match=r"adaptive_budget_share=0\.4 and private_metrics_share=0\.6 leave",
+  ):
+    make(**shares, adaptive_quantile=0.5)
 
 
 @pytest.mark.parametrize("delta", [0, 1, -0.1, math.nan])

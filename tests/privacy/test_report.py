@@ -8,6 +8,7 @@ import shutil
 import jax
 import pytest
 
+from dptrain.clipping import private_metrics
 from dptrain.privacy import accounting
 from dptrain.privacy import keys
 from dptrain.privacy import ledger as ledger_lib
@@ -324,6 +325,56 @@ def test_a_fixed_clip_norm_is_told_as_such(report, ledger):
     if not name.startswith("adaptive")
   }
   assert report_lib._clip_norm(older) == {"adapts": False}
+
+
+def test_private_metrics_are_told_as_part_of_the_release(tmp_path, seed):
+  ledger = write_ledger(
+    tmp_path,
+    seed=seed,
+    updates=3,
+    private_metrics_share=0.05,
+    private_metrics_max_loss=7.5,
+    adaptive_quantile=0.5,
+    adaptive_budget_share=0.03,
+  )
+  report = report_lib.make_report(ledger)
+  told = as_data(report)["private_metrics"]
+  assert told["released"] is True
+  assert told["ranges"]["loss"] == 7.5
+  multipliers = [
+    told["gradient_noise_multiplier"],
+    told["metrics_noise_multiplier"],
+    as_data(report)["clip_norm"]["count_noise_multiplier"],
+  ]
+  assert multipliers == pytest.approx(
+    [1.2 / 0.92**0.5, 1.2 / 0.05**0.5, 1.2 / 0.03**0.5]
+  )
+  assert sum(m**-2 for m in multipliers) == pytest.approx(1.2**-2)
+  # What the step does, told by another formula.
+  metrics = private_metrics.PrivateMetrics(budget_share=0.05)
+  assert told["sum_noise_stddev"] == pytest.approx(metrics.noise_stddev(1.2))
+  assert report.epsilon == accounting.epsilon([Releases(3, 0.01, 1.2)], 1e-6)
+  text = squeezed(report)
+  for part in (
+    "The trained parameters, the private metrics, and every checkpoint",
+    "private metrics loss, accuracy, clip fraction, gradient norm: noisy",
+    "5 % of each update's budget",
+    "own noise multiplier is 1.251",
+    "Losses count up to 7.5",
+  ):
+    assert part in text
+  assert_narrow(report)
+
+
+def test_without_private_metrics_the_report_names_none(report, ledger):
+  assert as_data(report)["private_metrics"] == {"released": False}
+  assert "metrics" not in report.as_text()
+  older = {
+    name: value
+    for name, value in ledger.header["plan"].items()
+    if not name.startswith("private")
+  }
+  assert report_lib.private_metrics(older) == {"released": False}
 
 
 def test_before_the_first_update_nothing_is_spent(tmp_path, seed):

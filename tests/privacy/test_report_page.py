@@ -6,14 +6,28 @@ import pytest
 from dptrain.privacy import accounting
 from dptrain.privacy import ledger as ledger_lib
 from dptrain.privacy import plan as plan_lib
+from dptrain.privacy import released_metrics
 from dptrain.privacy import report
 from dptrain.privacy import report_page
 from dptrain.privacy import schedule
 
 
-def page(folder, *, steps=20, done=None, noise=1.5, fixed_seed=False, named=""):
+def page(
+  folder,
+  *,
+  steps=20,
+  done=None,
+  noise=1.5,
+  fixed_seed=False,
+  named="",
+  share=None,
+  metrics=(),
+):
   settings = plan_lib.PrivacySettings(
-    schedule=schedule.constant(50, steps), delta=1e-5, noise_multiplier=noise
+    schedule=schedule.constant(50, steps),
+    delta=1e-5,
+    noise_multiplier=noise,
+    private_metrics_share=share,
   )
   with ledger_lib.opened(folder) as ledger:
     ledger.start(
@@ -30,7 +44,8 @@ def page(folder, *, steps=20, done=None, noise=1.5, fixed_seed=False, named=""):
     if named:
       ledger.declare_unprotected(named)
   ledger = ledger_lib.read(folder)
-  reader = PageReader(report_page.make_page(ledger))
+  metrics = [r._replace(branch=branch.name) for r in metrics]
+  reader = PageReader(report_page.make_page(ledger, metrics))
   return reader, report.make_report(ledger)
 
 
@@ -62,3 +77,35 @@ def test_without_curves_where_there_are_none(tmp_path, settings):
   reader, made = page(tmp_path, **{"steps": 3, **settings})
   assert reader.count("svg") == 0
   assert made.statement() in reader.words()
+
+
+def made_metrics(steps):
+  values = dict.fromkeys(plan_lib.METRICS, 0.5)
+  return [
+    released_metrics.Release("", step, 50, values, dict.fromkeys(values, 0.1))
+    for step in steps
+  ]
+
+
+def test_draws_a_learning_curve_of_private_metrics(tmp_path):
+  reader, _ = page(tmp_path, share=0.1, metrics=made_metrics(range(20)))
+  assert reader.count("svg") == 5 + 4
+  words = reader.words()
+  assert "Learning curve" in words
+  assert "A point is one update" in words
+  assert "gradient norm / clip norm" in words
+
+
+def test_a_long_learning_curve_is_one_of_means(tmp_path):
+  metrics = made_metrics(range(100))
+  reader, _ = page(tmp_path, share=0.1, steps=100, metrics=metrics)
+  assert "A point is the mean of 3 updates" in reader.words()
+
+
+@pytest.mark.parametrize(
+  ("share", "steps"), [(None, range(20)), (0.1, range(20, 40)), (0.1, [])]
+)
+def test_draws_nothing_that_the_ledger_does_not_price(tmp_path, share, steps):
+  reader, _ = page(tmp_path, share=share, metrics=made_metrics(steps))
+  assert "Learning curve" not in reader.words()
+  assert reader.count("svg") == 5

@@ -15,6 +15,7 @@ import small_run
 from t5x import trainer as t5x_trainer
 from tensorboard.backend.event_processing import event_accumulator
 
+from dptrain.clipping import private_metrics
 from dptrain.privacy import accounting
 from dptrain.privacy import report as report_lib
 from dptrain.t5x_bridge import launch as launch_lib
@@ -111,6 +112,19 @@ def test_what_is_told_is_public(launched, tmp_path):
     tmp_path, steps=2, sizes=[20, 20], unprotected_training_metrics=True
   )
   assert "unprotected/clip_fraction" in tags(tmp_path)
+
+
+def test_private_metrics_are_told(tmp_path):
+  run = small_launch.make_run(tmp_path, steps=2, sizes=[20, 20])
+  private = dataclasses.replace(run.privacy, private_metrics_share=0.1)
+  launch = launch_lib.Launch(
+    dataclasses.replace(run, privacy=private), small_launch.records()
+  )
+  small_launch.t5x_train.train(**small_launch.arguments(launch, total_steps=2))
+  told = tags(tmp_path)
+  for name in private_metrics.NAMES:
+    assert {f"private/{name}", f"private_noise/{name}"} <= told
+  assert not any("unprotected" in name for name in told)
 
 
 def test_the_secret_stays_in_its_file(tmp_path):

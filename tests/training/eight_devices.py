@@ -18,6 +18,7 @@ import pytest
 import small_run
 
 from dptrain.clipping import adaptation
+from dptrain.clipping import private_metrics
 from dptrain.clipping import rules
 from dptrain.data import masking
 from dptrain.privacy import sampling
@@ -58,6 +59,7 @@ class Update:
       optax.adam(1e-3),
       collect_statistics=True,
       adaptation=adaptation.NormAdaptation(),
+      metrics=private_metrics.PrivateMetrics(),
     )
     self.params = self.model.init(jax.random.key(0))
     tokens = small_run.store(2 * ROWS).gather(np.arange(2 * ROWS)) % 48
@@ -220,7 +222,7 @@ def test_gradients_meet_once_per_update(update):
   assert not collectives(accumulate.compile())
   finish = programs.finish.lower(params, opt_state, total, **update.finishing)
   number = sum(x.size for x in jax.tree.leaves(update.params))
-  others = 2 + len(jax.tree.leaves(total.statistics))
+  others = 2 + len(jax.tree.leaves(total.statistics)) + total.metrics.shape[1]
   found = collectives(finish.compile())
   assert found.keys() == {"all-reduce"}
   assert number <= found["all-reduce"] <= number + others

@@ -16,6 +16,7 @@ import small_run
 
 from dptrain.clipping import adaptation as adaptation_lib
 from dptrain.clipping import rules
+from dptrain.clipping import shares
 from dptrain.privacy import ledger as ledger_lib
 from dptrain.training import loop
 from dptrain.training import step as step_lib
@@ -100,7 +101,7 @@ def test_the_parts_cost_together_what_the_plan_prices(share):
   z, updates, delta = 1.1, 5, 1e-6
   adapt = adaptation_lib.NormAdaptation(budget_share=share)
   parts = [
-    dp_accounting.GaussianDpEvent(z * adapt.gradient_noise_factor),
+    dp_accounting.GaussianDpEvent(z * shares.gradient_noise_factor([share])),
     dp_accounting.GaussianDpEvent(adapt.tally_noise_stddev(z) / 0.5),
   ]
   both = dp_accounting.ComposedDpEvent(parts)
