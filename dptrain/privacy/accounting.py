@@ -234,12 +234,19 @@ def best_rdp(
 
   Any order gives a valid bound; a better one elsewhere was never seen.
   """
+  near = near_orders(composed, delta, relation)
+  return rdp_bound(composed, delta, relation, near)
+
+
+def near_orders(
+  composed: Sequence[Releases], delta: float, relation: str
+) -> list[float]:
+  """Those of `RDP_ORDERS` among which the best one is, by a few of them."""
   few = FEW_RDP_ORDERS
   _, best = rdp_bound(composed, delta, relation, few)
   low = max((order for order in few if order < best), default=0.0)
   high = min((order for order in few if order > best), default=math.inf)
-  near = [order for order in RDP_ORDERS if low <= order <= high]
-  return rdp_bound(composed, delta, relation, near)
+  return [order for order in RDP_ORDERS if low <= order <= high]
 
 
 @functools.lru_cache(maxsize=64)

@@ -31,6 +31,8 @@ pre { font-size: .85em; background: #f3f3f3; padding: .6em .8em;
   white-space: pre-wrap; overflow-wrap: anywhere; }
 @media print { body { margin: 0; max-width: none; font-size: 9.5pt; }
   h1, h2 { margin: 1em 0 .5em; break-after: avoid; }
+  .beside table { line-height: 1.2; }
+  .beside th, .beside td { padding: .05em .3em; }
   figure { margin: .6em 0; } ul { margin: .5em 0; }
   tr, pre, .claim { break-inside: avoid; } }
 @page { margin: 16mm; }
