@@ -33,7 +33,7 @@ class PrivateCurves:
       plan: of the run.
     """
     self._metrics, self._plan = metrics, plan
-    banded = plan_lib.banded_noise(plan)
+    banded = plan_lib.banded_noise(plan) if metrics else None
     # Of correlated noise: the largest, and sums of it are smaller.
     self._spread = banded.largest_stddev(plan.num_steps) if banded else 1.0
     self._directory: pathlib.Path | None = None

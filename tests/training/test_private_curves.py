@@ -125,7 +125,9 @@ def test_another_share_is_another_plan(measured, tmp_path):
 def test_curves_are_means_over_all_updates_since_the_last():
   step_metrics = private_metrics.PrivateMetrics(names=("loss", "accuracy"))
   plan = mock.Mock(
-    expected_batch_size=lambda step: 100 * (step + 1), noise_multiplier=0.5
+    noise_coefficients=None,
+    expected_batch_size=lambda step: 100 * (step + 1),
+    noise_multiplier=0.5,
   )
   curves = private_curves.PrivateCurves(step_metrics, plan)
   assert curves.window() == {}
