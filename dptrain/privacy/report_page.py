@@ -8,6 +8,7 @@ from typing import Any
 from dptrain.privacy import accounting
 from dptrain.privacy import curves
 from dptrain.privacy import ledger as ledger_lib
+from dptrain.privacy import mechanisms
 from dptrain.privacy import page
 from dptrain.privacy import released_metrics
 from dptrain.privacy import report as report_lib
@@ -205,16 +206,41 @@ def _released(made: report_lib.PrivacyReport) -> str:
 
 def _checking(made: report_lib.PrivacyReport) -> str:
   versions = ", ".join(f"{k} {v}" for k, v in made.versions.items())
+  named = mechanisms.RELATIONS[made.plan["relation"]].name
+  # As recorded: rounds of the other samplings are priced as Poisson releases.
+  kinds = {row["sampling"]: _EVENTS[row["sampling"]] for row in made.schedule}
+  events = " or ".join(f"<code>{html.escape(e)}</code>" for e in kinds.values())
   return (
     "<p>Everything above follows from <code>privacy_ledger.jsonl</code>"
     " alone: <code>dptrain report MODEL_DIR --format html</code> makes this"
     " page again, <code>--format json</code> gives the figures. Each line of"
-    " the ledger holds one update's sampling probability and noise multiplier,"
-    " and the hash of the line before it. To recompute epsilon without dptrain,"
-    " compose for each row of the table"
-    " <code>PoissonSampledDpEvent(sampling probability,"
-    " GaussianDpEvent(noise))</code> that many times with dp_accounting's"
-    " <code>PLDAccountant</code> or <code>RdpAccountant</code> under"
-    " <code>NeighboringRelation.REPLACE_SPECIAL</code>.</p>"
+    " the ledger holds one update's sampling and noise multiplier, the round"
+    " that it belongs to if it shares one, and the hash of the line before it."
+    f" To recompute epsilon without dptrain, compose for each row of the table"
+    f" {events} that many times with dp_accounting's"
+    f" <code>{_BY[made.epsilon.accountant]}</code>"
+    f" ({html.escape(made.epsilon.settings)}) under"
+    f" <code>NeighboringRelation.{named}</code>.</p>"
     f'<p class="small">Computed by {html.escape(versions)}.</p>'
   )
+
+
+_BY = {
+  "PLD": "PLDAccountant",
+  "RDP": "RdpAccountant",
+  "Gaussian": "get_epsilon_gaussian",
+}
+# What a row of the table is to dp_accounting.
+_EVENTS = {
+  "poisson": (
+    "PoissonSampledDpEvent(sampling probability, GaussianDpEvent(noise))"
+  ),
+  "truncated_poisson": (
+    "TruncatedSubsampledGaussianDpEvent(records, sampling probability,"
+    " truncated_batch_size, noise)"
+  ),
+  "without_replacement": (
+    "SampledWithoutReplacementDpEvent(records, expected batch,"
+    " GaussianDpEvent(noise / 2))"
+  ),
+}
