@@ -68,8 +68,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     else planning.forecast(arguments)
   )
   if arguments.format == "html":
-    from dptrain.privacy import advice_page
-    from dptrain.privacy import plan_page
+    from dptrain.reports import advice_page
+    from dptrain.reports import plan_page
 
     page = (
       advice_page.make_page(made)
@@ -86,7 +86,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
   from dptrain.privacy import ledger
-  from dptrain.privacy import report
+  from dptrain.reports import report
 
   found = {
     name: ledger.read(pathlib.Path(name)) for name in arguments.model_dir
@@ -96,14 +96,14 @@ def _report(arguments: argparse.Namespace) -> int:
   if len(found) > 1:
     if arguments.format == "html":
       raise ValueError("--format=html is for one MODEL_DIR; use text or json.")
-    from dptrain.privacy import several_runs
+    from dptrain.reports import several_runs
 
     made: Any = several_runs.make_joint_report(
       found, disjoint=arguments.disjoint
     )
   elif arguments.format == "html":
-    from dptrain.privacy import released_metrics
-    from dptrain.privacy import report_page
+    from dptrain.reports import released_metrics
+    from dptrain.reports import report_page
 
     ((name, only),) = found.items()
     metrics = released_metrics.read(pathlib.Path(name))

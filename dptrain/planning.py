@@ -4,10 +4,10 @@ import argparse
 import pathlib
 from typing import Any
 
-from dptrain.privacy import advice as advice_lib
-from dptrain.privacy import forecast as forecast_lib
 from dptrain.privacy import plan as plan_lib
 from dptrain.privacy import schedule as schedule_lib
+from dptrain.reports import advice as advice_lib
+from dptrain.reports import forecast as forecast_lib
 
 _GIN_FLAGS = ("delta", "epsilon", "noise_multiplier", "phase")
 _NOT_FOR_ADVICE = (

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 LIGHT = (
-  "dptrain.privacy.plan, dptrain.privacy.ledger, dptrain.privacy.report,"
+  "dptrain.privacy.plan, dptrain.privacy.ledger, dptrain.reports.report,"
   " dptrain.clipping.per_example, dptrain.optimizers.adamw"
 )
 

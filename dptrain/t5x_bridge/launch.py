@@ -24,7 +24,7 @@ import numpy.typing as npt
 from dptrain.privacy import budget
 from dptrain.privacy import draws
 from dptrain.privacy import ledger as ledger_lib
-from dptrain.privacy import report as report_lib
+from dptrain.reports import report as report_lib
 from dptrain.training import checkpoints as checkpoints_lib
 from dptrain.training import lineage as lineage_lib
 from dptrain.training import preparation as preparation_lib

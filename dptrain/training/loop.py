@@ -17,7 +17,7 @@ from dptrain.privacy import budget
 from dptrain.privacy import draws
 from dptrain.privacy import ledger as ledger_lib
 from dptrain.privacy import plan as plan_lib
-from dptrain.privacy import report as report_lib
+from dptrain.reports import report as report_lib
 from dptrain.training import checkpoints as checkpoints_lib
 from dptrain.training import evaluation as evaluation_lib
 from dptrain.training import lineage as lineage_lib

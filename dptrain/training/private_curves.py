@@ -6,7 +6,7 @@ from typing import Any
 
 from dptrain.clipping import private_metrics
 from dptrain.privacy import plan as plan_lib
-from dptrain.privacy import released_metrics
+from dptrain.reports import released_metrics
 from dptrain.training import processes
 from dptrain.training import progress
 

@@ -8,7 +8,7 @@ from typing import Any
 import tqdm
 
 from dptrain.privacy import ledger as ledger_lib
-from dptrain.privacy import report
+from dptrain.reports import report
 from dptrain.training import processes
 from dptrain.training import run as run_lib
 

@@ -4,10 +4,10 @@ import pytest
 
 from dptrain.privacy import accounting
 from dptrain.privacy import calibration
-from dptrain.privacy import forecast as forecast_lib
 from dptrain.privacy import plan as plan_lib
 from dptrain.privacy import schedule
 from dptrain.privacy.accounting import Releases
+from dptrain.reports import forecast as forecast_lib
 
 N, DELTA = 30_000, 1e-6
 

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing import event_accumulator
 
 from dptrain.clipping import private_metrics
 from dptrain.privacy import accounting
-from dptrain.privacy import report as report_lib
+from dptrain.reports import report as report_lib
 from dptrain.t5x_bridge import launch as launch_lib
 
 

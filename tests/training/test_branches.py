@@ -10,7 +10,7 @@ import small_run
 
 from dptrain.privacy import keys as keys_lib
 from dptrain.privacy import ledger as ledger_lib
-from dptrain.privacy import report
+from dptrain.reports import report
 from dptrain.training import lineage as lineage_lib
 from dptrain.training import preparation
 

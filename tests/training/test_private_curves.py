@@ -10,7 +10,7 @@ import small_run
 from dptrain import cli
 from dptrain.clipping import private_metrics
 from dptrain.privacy import ledger as ledger_lib
-from dptrain.privacy import released_metrics
+from dptrain.reports import released_metrics
 from dptrain.training import loop
 from dptrain.training import private_curves
 from dptrain.training import progress

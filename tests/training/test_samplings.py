@@ -14,7 +14,7 @@ from dptrain.privacy import draws
 from dptrain.privacy import keys
 from dptrain.privacy import ledger as ledger_lib
 from dptrain.privacy import noise
-from dptrain.privacy import report as report_lib
+from dptrain.reports import report as report_lib
 from dptrain.training import lineage
 from dptrain.training import loop
 from dptrain.training import step as step_lib

@@ -5,10 +5,10 @@ import html
 from typing import Any
 
 from dptrain.privacy import accounting
-from dptrain.privacy import curves
-from dptrain.privacy import forecast as forecast_lib
-from dptrain.privacy import page
-from dptrain.privacy import report
+from dptrain.reports import curves
+from dptrain.reports import forecast as forecast_lib
+from dptrain.reports import page
+from dptrain.reports import report
 
 _Draw = tuple[Callable[[Any], None], str]
 

@@ -5,8 +5,8 @@ import pytest
 from scipy import stats
 
 from dptrain.privacy import accounting
-from dptrain.privacy import curves
 from dptrain.privacy.accounting import Releases
+from dptrain.reports import curves
 
 DELTA = 1e-5
 RELEASES = [Releases(5, 0.02, 1.5), Releases(40, 0.05, 1.5)]

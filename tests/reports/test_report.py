@@ -12,12 +12,12 @@ from dptrain.clipping import private_metrics
 from dptrain.privacy import accounting
 from dptrain.privacy import keys
 from dptrain.privacy import ledger as ledger_lib
-from dptrain.privacy import report as report_lib
 from dptrain.privacy.accounting import Releases
 from dptrain.privacy.plan import PrivacySettings
 from dptrain.privacy.plan import make_plan
 from dptrain.privacy.schedule import BatchSchedule
 from dptrain.privacy.schedule import Phase
+from dptrain.reports import report as report_lib
 
 SECRETS = (
   "The vocabulary was learned from the training text without noise: its pieces"

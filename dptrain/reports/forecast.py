@@ -12,8 +12,8 @@ from typing import Any
 from dptrain.privacy import accounting
 from dptrain.privacy import calibration
 from dptrain.privacy import plan as plan_lib
-from dptrain.privacy import report
 from dptrain.privacy import schedule as schedule_lib
+from dptrain.reports import report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

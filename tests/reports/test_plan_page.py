@@ -3,10 +3,10 @@
 from page_reader import PageReader
 import pytest
 
-from dptrain.privacy import forecast as forecast_lib
 from dptrain.privacy import plan as plan_lib
-from dptrain.privacy import plan_page
 from dptrain.privacy import schedule
+from dptrain.reports import forecast as forecast_lib
+from dptrain.reports import plan_page
 
 COMMAND = ["dptrain", "plan", "--gin.NAME='<a b>'", *["--phase=100:20"] * 9]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from dptrain.privacy import accounting
 from dptrain.privacy import plan as plan_lib
-from dptrain.privacy import report
-from dptrain.privacy import scaling_law
 from dptrain.privacy import schedule
+from dptrain.reports import report
+from dptrain.reports import scaling_law
 
 _CAVEAT = (
   "What arXiv 2501.18914 predicts for masked language models (BERT, 512 tokens"

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 import pytest
 
-from dptrain.privacy import scaling_law
+from dptrain.reports import scaling_law
 
 TABLE = scaling_law.table()
 examples = st.floats(5, 9).map(lambda x: 10.0**x)

@@ -6,10 +6,10 @@ import pytest
 from dptrain.privacy import accounting
 from dptrain.privacy import ledger as ledger_lib
 from dptrain.privacy import plan as plan_lib
-from dptrain.privacy import released_metrics
-from dptrain.privacy import report
-from dptrain.privacy import report_page
 from dptrain.privacy import schedule
+from dptrain.reports import released_metrics
+from dptrain.reports import report
+from dptrain.reports import report_page
 
 
 def page(

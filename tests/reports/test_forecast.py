@@ -5,10 +5,10 @@ import json
 import pytest
 
 from dptrain.privacy import accounting
-from dptrain.privacy import forecast as forecast_lib
 from dptrain.privacy import plan as plan_lib
 from dptrain.privacy import schedule
 from dptrain.privacy.accounting import Releases
+from dptrain.reports import forecast as forecast_lib
 
 N, DELTA = 10_000, 1e-6
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from dptrain.privacy import accounting
 from dptrain.privacy import ledger as ledger_lib
-from dptrain.privacy import report as report_lib
+from dptrain.reports import report as report_lib
 
 
 @dataclasses.dataclass(frozen=True)

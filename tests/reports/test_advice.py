@@ -6,9 +6,9 @@ from page_reader import PageReader
 import pytest
 
 from dptrain.privacy import accounting
-from dptrain.privacy import advice as advice_lib
-from dptrain.privacy import advice_page
 from dptrain.privacy.accounting import Releases
+from dptrain.reports import advice as advice_lib
+from dptrain.reports import advice_page
 
 N = 10**7
 

@@ -9,8 +9,8 @@ from dptrain.privacy import accounting
 from dptrain.privacy import ledger as ledger_lib
 from dptrain.privacy import plan as plan_lib
 from dptrain.privacy import schedule
-from dptrain.privacy import several_runs
 from dptrain.privacy.accounting import Releases
+from dptrain.reports import several_runs
 
 
 def run(

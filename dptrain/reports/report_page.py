@@ -6,12 +6,12 @@ import html
 from typing import Any
 
 from dptrain.privacy import accounting
-from dptrain.privacy import curves
 from dptrain.privacy import ledger as ledger_lib
 from dptrain.privacy import mechanisms
-from dptrain.privacy import page
-from dptrain.privacy import released_metrics
-from dptrain.privacy import report as report_lib
+from dptrain.reports import curves
+from dptrain.reports import page
+from dptrain.reports import released_metrics
+from dptrain.reports import report as report_lib
 
 _MAX_POINTS = 40  # of a learning curve: means of more updates have less noise
 _UNITS = {"gradient_norm": " / clip norm"}

@@ -9,9 +9,9 @@ import pytest
 from dptrain.privacy import accounting
 from dptrain.privacy import ledger as ledger_lib
 from dptrain.privacy import plan as plan_lib
-from dptrain.privacy import released_metrics
 from dptrain.privacy import schedule
-from dptrain.privacy.released_metrics import Release
+from dptrain.reports import released_metrics
+from dptrain.reports.released_metrics import Release
 
 NAMES = plan_lib.METRICS
 

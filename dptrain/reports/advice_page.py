@@ -3,10 +3,10 @@
 import html
 from typing import Any
 
-from dptrain.privacy import advice as advice_lib
-from dptrain.privacy import page
-from dptrain.privacy import report
-from dptrain.privacy import scaling_law
+from dptrain.reports import advice as advice_lib
+from dptrain.reports import page
+from dptrain.reports import report
+from dptrain.reports import scaling_law
 
 
 def make_page(made: advice_lib.Advice) -> str:

@@ -1,0 +1,4 @@
+"""What people read: reports of a ledger and forecasts of a plan, text and pages.
+
+Nothing here trains, and every epsilon is `dptrain.privacy.accounting`'s.
+"""
