@@ -150,8 +150,8 @@ def measure(
   return Measured(
     noise_multiplier=math.sqrt(noise / count),
     noise_multiplier_at_most=math.sqrt(noise / least),
-    sensitivity=found,
-    sensitivity_at_least=found - margin,
+    sensitivity=float(found),
+    sensitivity_at_least=float(found - margin),
   )
 
 
