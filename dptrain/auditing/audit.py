@@ -127,7 +127,7 @@ def audit(
     calibrated_noise=started.get("plan", {}).get("noise_multiplier"),
   )
   if settings.mode == "white_box":
-    run = _observed(run, plan, canaries.count)
+    run = _observed(run, plan, settings.canaries)
   result = loop.train(run, records)
   prepared, state = _final_state(run, directory, records)
   if prepared.plan != plan:
@@ -141,9 +141,7 @@ def audit(
   return verdict
 
 
-def _check_auditable(
-  run: run_lib.TrainingRun, settings: AuditSettings
-) -> None:
+def _check_auditable(run: run_lib.TrainingRun, settings: AuditSettings) -> None:
   if jax.process_count() > 1:
     raise ValueError(
       f"an audit runs in one process, not in {jax.process_count()}: audit a"

@@ -35,9 +35,7 @@ def scores(
     [m] float64.
   """
   before = prepared.initial_state()["params"]
-  fallen = _losses(prepared, before, tokens) - _losses(
-    prepared, params, tokens
-  )
+  fallen = _losses(prepared, before, tokens) - _losses(prepared, params, tokens)
   return fallen - np.median(fallen)
 
 

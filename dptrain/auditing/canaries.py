@@ -30,11 +30,6 @@ class Canaries(NamedTuple):
   tokens: np.ndarray
   included: np.ndarray
 
-  @property
-  def count(self) -> int:
-    """m."""
-    return len(self.included)
-
   def rows(self) -> np.ndarray:
     """int32 [m, T]: the canaries' rows of the corpus.
 
@@ -121,12 +116,13 @@ def with_canaries(
   There is no validation split, which an audit would only publish.
   """
   rows = np.concatenate([canaries.rows(), records.train.tokens])
+  count = len(canaries.included)
   return records._replace(
     train=store_lib.RecordStore(rows),
     validation=None,
     unprotected=(
       *records.unprotected,
-      f"THIS IS AN AUDIT, NOT A MODEL TO PUBLISH: {canaries.count} of the"
+      f"THIS IS AN AUDIT, NOT A MODEL TO PUBLISH: {count} of the"
       " records are canaries, random tokens that an attacker knows, and the"
       " checkpoints may hold what the attacker saw of them.",
     ),

@@ -187,9 +187,7 @@ class Verdict:
   @property
   def lower_bound(self) -> float:
     """The larger of the two bounds."""
-    return max(
-      self.guesses.epsilon_one_run, self.guesses.epsilon_one_run_fdp
-    )
+    return max(self.guesses.epsilon_one_run, self.guesses.epsilon_one_run_fdp)
 
   @property
   def refutations(self) -> tuple[str, ...]:

@@ -4,7 +4,6 @@ import json
 import os
 
 import numpy as np
-
 import pytest
 import small_audit
 import small_run

@@ -51,7 +51,7 @@ def audited_model(base, observer):
 
 
 def naive_log_ratio(x, prob, gain, noise):
-  """log of q N(x; gain, z) + (1 - q) N(x; 0, z) over N(x; 0, z)."""
+  """Log of q N(x; gain, z) + (1 - q) N(x; 0, z) over N(x; 0, z)."""
   density = lambda mean: np.exp(-((x - mean) ** 2) / (2 * noise**2))  # noqa: E731
   mixed = prob * density(gain) + (1 - prob) * density(0.0)
   return np.log(mixed / density(0.0))
@@ -263,9 +263,7 @@ def test_a_canary_moves_its_own_coordinates_by_the_sensitivity(quick, bert):
 OUT = [1, 6]  # the rows of canaries 1 and 4
 
 
-def test_a_canary_that_is_left_out_contributes_exactly_nothing(
-  quick, bert
-):
+def test_a_canary_that_is_left_out_contributes_exactly_nothing(quick, bert):
   """Both as gradient canary and, black-box, as a record of padding."""
   rule = rules.ClippingRule("automatic")
   for clipped in (
