@@ -94,7 +94,8 @@ def audit(
   Formal guarantee: none is made. If the run satisfies its claim, each of the
   two lower bounds exceeds what it is compared with (`Verdict`) with probability
   at most (1 - confidence) / 2, over the coins and the run. That of the f-DP
-  form leaves out of account what the claim's trade-off does below delta.
+  form leaves out of account what the claim's trade-off does below delta. What
+  is measured refutes a true claim with probability at most 2e-6.
 
   Args:
     run: the user's settings; MODEL_DIR must be new, or that of this audit.
