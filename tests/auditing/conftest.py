@@ -2,15 +2,18 @@
 
 import pathlib
 import sys
+from unittest import mock
 
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "training"))
+# For these imports only: two folders with a conftest must not both stay on it.
+TRAINING = str(pathlib.Path(__file__).parents[1] / "training")
+with mock.patch.object(sys, "path", [TRAINING, *sys.path]):
+  import compiled_programs
+  import small_run  # noqa: F401, for small_audit
 
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled(tmp_path_factory):
   """One folder of compiled programs for all workers and what they start."""
-  import compiled_programs
-
   compiled_programs.keep(tmp_path_factory)
