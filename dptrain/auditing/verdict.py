@@ -58,9 +58,9 @@ def guess(
 
   What each bound rejects, for every epsilon below it:
 
-  - `epsilon_one_run` (arXiv 2305.08846, theorem 5.2): that the run is (epsilon,
+  - `epsilon_one_run` (arXiv 2305.08846): that the run is (epsilon,
     delta)-DP.
-  - `epsilon_one_run_fdp` (arXiv 2410.22235, algorithm 3): that the run is f-DP
+  - `epsilon_one_run_fdp` (arXiv 2410.22235): that the run is f-DP
     with f the trade-off function of the one Gaussian mechanism that is
     (epsilon, delta)-DP. That is more than (epsilon, delta)-DP says, so the
     bound is higher, and to be compared with a Gaussian that covers the claim
