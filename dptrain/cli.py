@@ -1,4 +1,4 @@
-"""The command line: `dptrain train`, `dptrain plan` and `dptrain report`."""
+"""The command line: `dptrain train`, `plan`, `report` and `audit`."""
 
 import argparse
 from collections.abc import Sequence
@@ -117,6 +117,29 @@ def _report(arguments: argparse.Namespace) -> int:
   return 0
 
 
+def _audit(arguments: argparse.Namespace) -> int:
+  from dptrain import configuration
+  from dptrain.auditing import audit
+  from dptrain.training import host_memory
+
+  settings = audit.AuditSettings(
+    canaries=arguments.canaries,
+    mode=arguments.mode,
+    guesses=arguments.guesses,
+    confidence=arguments.confidence,
+  )
+  run = configuration.training_run(
+    arguments.gin_file, arguments.gin_bindings, arguments.gin_search_paths
+  )
+  host_memory.keep_freed_memory()
+  verdict = audit.audit(run, settings)
+  print(
+    verdict.as_json() if arguments.format == "json" else verdict.as_text(),
+    end="",
+  )
+  return 0 if verdict.passed else 1
+
+
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="dptrain",
@@ -163,6 +186,14 @@ def _parser() -> argparse.ArgumentParser:
     "--format", choices=("text", "json", "html"), default="text"
   )
   report.set_defaults(command=_report)
+  audit = commands.add_parser(
+    "audit",
+    help="train with canaries in a MODEL_DIR of its own, and see whether they"
+    " betray more than is claimed (then the exit status is 1)",
+  )
+  _add_gin_flags(audit)
+  _add_audit_flags(audit)
+  audit.set_defaults(command=_audit)
   return parser
 
 
@@ -229,6 +260,37 @@ def _add_plan_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--format", choices=("text", "json", "html"), default="text"
   )
+
+
+def _add_audit_flags(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument(
+    "--canaries",
+    type=int,
+    default=1000,
+    metavar="M",
+    help="records put in or left out by a fair coin (1000)",
+  )
+  parser.add_argument(
+    "--guesses",
+    type=int,
+    metavar="K",
+    help="coins that are guessed; left out: a tenth of the canaries",
+  )
+  parser.add_argument(
+    "--mode",
+    default="white_box",
+    metavar="MODE",
+    help="white_box (default): gradient canaries, all updates are seen;"
+    " black_box: text canaries, the final model is seen",
+  )
+  parser.add_argument(
+    "--confidence",
+    type=float,
+    default=0.95,
+    metavar="X",
+    help="that the lower bounds hold (0.95)",
+  )
+  parser.add_argument("--format", choices=("text", "json"), default="text")
 
 
 def _with_bindings(argv: Sequence[str]) -> list[str]:

@@ -1,49 +1,16 @@
 """Breaks the guarantee on purpose, in a copy, and sees a test turn red.
 
 Each fault is a change of one place in a copy of the package; the named test is
-run against the copy and must fail, for the reason of an assertion.
+run against the copy and must fail, for the reason of an assertion. The faults
+of the table in docs/audit.md are in test_table_of_faults.py.
 """
-
-import os
-import pathlib
-import shutil
-import subprocess
-import sys
-from typing import NamedTuple
 
 import pytest
 
-import dptrain
-
-PACKAGE = pathlib.Path(dptrain.__file__).parent
-TESTS = pathlib.Path(__file__).parent
-
-
-class Fault(NamedTuple):
-  file: str
-  right: str
-  wrong: str
-  caught_by: str
-
+import broken_copies
+from broken_copies import Fault
 
 FAULTS = {
-  "noise added per physical batch": Fault(
-    "training/step.py",
-    "    adapting = accumulator.adapting\n    if self",
-    "    added = added._replace(gradients=jax.tree.map(jnp.add,"
-    " added.gradients, noise.gaussian_like(examples_key, added.gradients,"
-    " self.rule.sensitivity)))\n"
-    "    adapting = accumulator.adapting\n    if self",
-    "training/test_step.py::test_noise_is_added_once_however_many_physical"
-    "_batches",
-  ),
-  "sum divided by the realised batch": Fault(
-    "training/loop.py",
-    "expected_batch_size=float(self.plan.expected_batch_size(step)),",
-    "expected_batch_size=float(max(len(indices), 1)),",
-    "training/test_release_path.py::test_the_sum_is_divided_by_the_public_size"
-    "_in_the_loop",
-  ),
   "the tally of an adapting clip norm without noise": Fault(
     "training/step.py",
     "adapting.tally + spread * unit_tally,",
@@ -118,28 +85,6 @@ FAULTS = {
     "contributes = finite",
     "clipping/test_per_example.py::test_padding_contributes_exactly_zero",
   ),
-  "tied embedding counted once in the norm": Fault(
-    "clipping/per_example.py",
-    "  clip = clip_factors(by_path, losses, is_padding, rule)\n",
-    "  import flax.linen as nn\n"
-    "  from unittest import mock\n"
-    "  def attend_once(self, query):\n"
-    "    return query @ jax.lax.stop_gradient(self.embedding).T\n"
-    "  with mock.patch.object(nn.Embed, 'attend', attend_once):\n"
-    "    once = jax.vmap(jax.grad(lambda *a: loss_of_one(*a)[0]),"
-    " in_axes=(None, 0, 0))(params, batch, keys)\n"
-    "  by_path = {path: squares(g) for path, g in zip(paths,"
-    " jax.tree.leaves(once), strict=True)}\n"
-    "  clip = clip_factors(by_path, losses, is_padding, rule)\n",
-    "training/test_step.py::test_the_sum_equals_a_loop_over_examples"
-    "[float32-1e-05-flat-vmap]",
-  ),
-  "one key used for all leaves": Fault(
-    "privacy/noise.py",
-    "jax.random.fold_in(key, index)",
-    "key",
-    "privacy/test_noise.py::test_leaves_get_independent_noise",
-  ),
   "the accountant reading another sampling probability": Fault(
     "training/loop.py",
     "      release.sampling_prob,\n",
@@ -199,36 +144,6 @@ FAULTS = {
 }
 
 
-def run_in(folder: pathlib.Path, *command: str) -> subprocess.CompletedProcess:
-  environment = dict(os.environ, PYTHONPATH=str(folder))
-  for name in list(environment):
-    if name.startswith(("PYTEST", "JAX_")):
-      del environment[name]
-  return subprocess.run(
-    [sys.executable, *command],
-    cwd=folder,
-    env=environment,
-    capture_output=True,
-    text=True,
-  )
-
-
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_seeded_fault_turns_a_test_red(name, tmp_path):
-  fault = FAULTS[name]
-  ignore = shutil.ignore_patterns("__pycache__")
-  shutil.copytree(PACKAGE, tmp_path / "dptrain", ignore=ignore)
-  shutil.copytree(TESTS, tmp_path / "tests", ignore=ignore)
-  broken = tmp_path / "dptrain" / fault.file
-  text = broken.read_text()
-  assert text.count(fault.right) == 1, "the fault no longer fits the code"
-  broken.write_text(text.replace(fault.right, fault.wrong))
-  where = run_in(tmp_path, "-c", "import dptrain; print(dptrain.__file__)")
-  assert where.stdout.startswith(str(tmp_path)), "not the copy would be tested"
-  options = ["-q", "-x", "-p", "no:cacheprovider", "-c", os.devnull]
-  test = str(tmp_path / "tests" / fault.caught_by)
-  ran = run_in(
-    tmp_path, "-m", "pytest", *options, "--rootdir", str(tmp_path), test
-  )
-  assert ran.returncode == 1, ran.stdout + ran.stderr
-  assert "AssertionError" in ran.stdout, ran.stdout + ran.stderr
+  broken_copies.check_it_is_caught(FAULTS[name], tmp_path)

@@ -7,6 +7,7 @@ made when somebody asks for the report as a page.
 from collections.abc import Sequence
 import dataclasses
 
+import dp_accounting
 from dp_accounting import dp_event
 from dp_accounting import pld
 from dp_accounting import rdp
@@ -137,6 +138,38 @@ def prices_groups(
   return relation != "replace_one" and all(
     release.sampling == "poisson" for release in releases
   )
+
+
+def covering_gaussian(
+  releases: Sequence[accounting.Releases],
+  epsilon: float,
+  delta: float,
+  relation: str,
+) -> float:
+  """Epsilon, at `delta`, of a Gaussian mechanism that covers the releases.
+
+  Covers: its delta is no smaller than theirs at every epsilon from 0 to the
+  quoted one. So whoever refutes that Gaussian refutes the quoted guarantee, up
+  to what happens with a probability below `delta`.
+
+  Args:
+    releases: everything released; not empty.
+    epsilon: the quoted one.
+    delta: at which it is quoted.
+    relation: a key of `accounting.RELATIONS`.
+
+  Returns:
+    At least `epsilon`: usually that itself.
+  """
+  if not 0 < epsilon <= accounting.MAX_EPSILON_FOR_PLD:
+    return epsilon
+  curve = trade_off(releases, epsilon, delta, relation)
+  sigma = dp_accounting.get_sigma_gaussian(epsilon, delta)
+  for at, least in zip(curve.epsilons, curve.deltas, strict=True):
+    # Near the quoted epsilon two upper bounds of one thing differ a little.
+    if at < 0.99 * epsilon and delta < least < 1:
+      sigma = min(sigma, dp_accounting.get_sigma_gaussian(at, least))
+  return max(epsilon, float(dp_accounting.get_epsilon_gaussian(sigma, delta)))
 
 
 def group_epsilons(

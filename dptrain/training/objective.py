@@ -37,7 +37,9 @@ class Objective:
 
     Args:
       params: of the model.
-      batch: "tokens" [B, T] int32; other entries are not read.
+      batch: "tokens" [B, T] int32; "example_ids" [B] int32, if there, is passed
+        on to the model, which may know some examples by their numbers (an
+        audit's canaries); other entries are not read.
       keys: typed PRNG keys [B]; entry i of the result depends on row i and key
         i only.
 
@@ -47,4 +49,6 @@ class Objective:
     """
     pairs = jax.vmap(jax.random.split)(keys)
     masked = self.mask(batch, pairs[:, 0])
+    if "example_ids" in batch:
+      masked["example_ids"] = batch["example_ids"]
     return self.model.losses(params, masked, pairs[:, 1])

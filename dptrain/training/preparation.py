@@ -151,6 +151,8 @@ def prepare(
     fixed_seed=seed.fixed,
   )
   _declare_unprotected(run, ledger, validation)
+  for what in records.unprotected:
+    ledger.declare_unprotected(what)
   objective = objective_lib.Objective(run.model, run.masking)
   batch = _batch_shapes(run)
   params = jax.eval_shape(objective.model.init, seed.key("shapes", branch=""))

@@ -20,12 +20,15 @@ class Records(NamedTuple):
     validation: the validation records; None without a validation split.
     vocabulary_size: number of tokens, special ones included.
     vocabulary_fingerprint: names the vocabulary.
+    unprotected: what the ledger shall tell of these records, as outside the
+      guarantee.
   """
 
   train: store_lib.RecordStore
   validation: store_lib.RecordStore | None
   vocabulary_size: int
   vocabulary_fingerprint: str
+  unprotected: tuple[str, ...] = ()
 
 
 def read_records(

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import optimize
 from scipy import stats
 
 from dptrain.privacy import accounting
@@ -73,3 +74,53 @@ def test_probabilities_are_rounded_up_only():
   ordered = sorted(r.sampling_prob for r in many for _ in range(r.count))
   coarse = sorted(r.sampling_prob for r in few for _ in range(r.count))
   assert all(a <= b for a, b in zip(ordered, coarse, strict=True))
+
+
+def delta_of_gaussian(epsilon, mu):
+  return stats.norm.cdf(mu / 2 - epsilon / mu) - np.exp(
+    epsilon
+  ) * stats.norm.cdf(-mu / 2 - epsilon / mu)
+
+
+# Subsampled Gaussians have heavier tails than the Gaussian of equal (epsilon,
+# delta), and a lighter middle: the quoted epsilon is that of one that covers.
+@pytest.mark.parametrize(
+  ("releases", "delta"),
+  [
+    ([Releases(4, 1.0, 2.0)], 1e-5),  # itself
+    (RELEASES, 1e-5),
+    ([Releases(400, 0.02, 0.7)], 1e-5),
+    ([Releases(1, 0.01, 0.3)], 2e-3),
+  ],
+)
+def test_a_covering_gaussian_covers(releases, delta):
+  epsilon = accounting.epsilon(releases, delta).value
+  found = curves.covering_gaussian(releases, epsilon, delta, "zero_out")
+  assert found >= epsilon
+  assert found == pytest.approx(epsilon, rel=1e-3)
+  made = curves.trade_off(releases, epsilon, delta, "zero_out")
+  mu = mu_of(found, delta)
+  for at, least in zip(made.epsilons, made.deltas, strict=True):
+    if at < 0.99 * epsilon:
+      assert delta_of_gaussian(at, mu) >= least * (1 - 1e-3) - 1e-9
+
+
+def mu_of(epsilon, delta):
+  return optimize.brentq(
+    lambda mu: delta_of_gaussian(epsilon, mu) - delta, 1e-3, 100
+  )
+
+
+def test_a_claim_with_a_heavy_middle_takes_a_larger_gaussian(monkeypatch):
+  # (0, 0.3)-DP and (3, 1e-5)-DP: the Gaussian of the latter has less at 0.
+  curve = curves.TradeOff([0.0, 3.0], [0.3, DELTA], [], [])
+  monkeypatch.setattr(curves, "trade_off", lambda *_: curve)
+  found = curves.covering_gaussian(RELEASES, 3.0, DELTA, "zero_out")
+  assert found > 3.2
+  assert delta_of_gaussian(0.0, mu_of(found, DELTA)) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 60.0, np.inf])
+def test_without_a_curve_the_quoted_epsilon_is_taken(epsilon):
+  found = curves.covering_gaussian(RELEASES, epsilon, DELTA, "zero_out")
+  assert found == epsilon

@@ -61,6 +61,29 @@ def test_the_sum_is_divided_by_the_public_size_in_the_loop(
   assert [size for _, size in draws] != divisors
 
 
+def test_every_record_that_is_drawn_takes_part(tmp_path, draws, monkeypatch):
+  init, taken = loop._Loop.__init__, []
+
+  def spied_init(self, *args):
+    init(self, *args)
+    accumulate, finish = self.accumulate, self.finish
+
+    def counted(params, accumulator, batch, key):
+      taken[-1] += int((~batch["is_padding"]).sum())
+      return accumulate(params, accumulator, batch, key)
+
+    def finished(*args, **named):
+      taken.append(0)
+      return finish(*args, **named)
+
+    self.accumulate, self.finish = counted, finished
+
+  monkeypatch.setattr(loop._Loop, "__init__", spied_init)
+  taken.append(0)
+  small_run.train(tmp_path)
+  assert taken == [size for _, size in draws] + [0]
+
+
 def test_the_ledger_is_written_before_the_parameters_move(
   tmp_path, monkeypatch
 ):

@@ -242,6 +242,23 @@ def test_the_noise_has_the_stated_deviation(kind):
   assert abs(correlation) < 5 / size**0.5
 
 
+def test_noise_is_not_rounded_away_beside_a_large_sum():
+  size, large = 200_000, 1e4
+  step, params = vector_step(size, rules.ClippingRule(l2_clip_norm=3.0))
+  moved, _, _ = step.finish(
+    params,
+    step.optimizer.init(params),
+    step_lib.Accumulator({"w": jnp.full(size, large)}, None),
+    noise_key=key(1),
+    noise_multiplier=0.5,
+    expected_batch_size=1.0,
+  )
+  values = -np.asarray(moved["w"], np.float64) - large
+  assert values.std() == pytest.approx(1.5, rel=0.01)
+  # As fine as float32 is at this size; bfloat16 has some 2,000 such values.
+  assert len(np.unique(values)) > 5_000
+
+
 def test_noise_is_added_once_however_many_physical_batches():
   step, params = vector_step()
   rows = np.random.default_rng(0).normal(size=(12, 7))
