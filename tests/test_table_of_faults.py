@@ -107,14 +107,14 @@ ROWS = {
   ),
   "shuffled batches priced as Poisson": Row(
     "privacy/sampling.py",
-    "  size = generator.binomial(num_examples, sampling_prob)\n"
-    "  drawn = generator.choice(num_examples, size, replace=False,"
-    " shuffle=False)\n",
+    "    size = min(size, truncated_batch_size)\n"
+    "  return _uniform_set(draw, num_examples, size)\n",
+    "    size = min(size, truncated_batch_size)\n"
     "  size = round(num_examples * sampling_prob)\n"
     "  left = poisson_sample.__dict__.setdefault(num_examples, [])\n"
     "  if len(left) < size:\n"
-    "    left[:] = generator.permutation(num_examples)\n"
-    "  drawn = np.array([left.pop() for _ in range(size)])\n",
+    "    left[:] = draw.permutation(num_examples)\n"
+    "  return np.sort(np.array([left.pop() for _ in range(size)]))\n",
     (
       "privacy/test_sampling.py::test_sizes_are_binomial",
       "privacy/test_sampling.py::test_samples_of_successive_updates_are"
@@ -132,8 +132,8 @@ ROWS = {
   ),
   "truncated draw unpriced": Row(
     "privacy/sampling.py",
-    "  size = generator.binomial(num_examples, sampling_prob)\n",
-    "  size = generator.binomial(num_examples, sampling_prob)\n"
+    "  size = draw.binomial(num_examples, sampling_prob)\n",
+    "  size = draw.binomial(num_examples, sampling_prob)\n"
     "  size = min(size, round(1.5 * num_examples * sampling_prob))\n",
     ("privacy/test_sampling.py::test_sizes_are_binomial",),
   ),
@@ -145,6 +145,24 @@ ROWS = {
       "training/test_release_path.py::test_every_record_that_is_drawn_takes"
       "_part",
     ),
+  ),
+  "shuffled passes priced with amplification": Row(
+    "privacy/rounds.py",
+    'UNAMPLIFIED = ("shuffled", "balls_in_bins")',
+    'UNAMPLIFIED = ("balls_in_bins",)',
+    ("privacy/test_draws.py::test_shuffled_passes_are_permutations",),
+  ),
+  "a plan that truncates priced as Poisson": Row(
+    "privacy/plan.py",
+    '    if self.sampling == "truncated_poisson":\n',
+    "    if not self.sampling:\n",
+    ("privacy/test_draws.py::test_a_plan_that_truncates_is_priced_so",),
+  ),
+  "correlated noise, and records in every update": Row(
+    "privacy/draws.py",
+    "group = (step - start) % plan.bands",
+    "group = 0",
+    ("privacy/test_draws.py::test_groups_take_turns_and_are_sampled_within",),
   ),
   "NaN not zeroed": Row(
     "clipping/per_example.py",

@@ -122,10 +122,12 @@ def audit(
   )
   records_lib.check_records(run, records)
   records = canaries_lib.with_canaries(records, canaries)
+  recorded = started.get("plan", {})
   plan = plan_lib.make_plan(
     run.privacy,
     records.train.num_examples,
-    calibrated_noise=started.get("plan", {}).get("noise_multiplier"),
+    calibrated_noise=recorded.get("noise_multiplier"),
+    noise_coefficients=recorded.get("noise_coefficients"),
   )
   if settings.mode == "white_box":
     run = _observed(run, plan, settings.canaries)
@@ -225,7 +227,10 @@ def _judged(
       np.asarray(seen.totals, np.float64),
       np.asarray(seen.squares, np.float64),
       canaries.included,
-      [plan.sampling_prob(step) for step in range(result.step)],
+      [
+        plan.expected_batch_size(step) / plan.num_examples
+        for step in range(result.step)
+      ],
       plan.noise_multiplier,
     )
   else:

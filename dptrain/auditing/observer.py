@@ -108,7 +108,9 @@ class Observer:
   the sensitivity: N(gain, z^2) if it was in the sample, else N(0, z^2), with z
   the noise multiplier. An included canary is in the sample of update t with
   probability q_t, so its log likelihood ratio is the sum over t of
-  log(1 - q_t + q_t exp((2 gain x_t - gain^2) / (2 z^2))).
+  log(1 - q_t + q_t exp((2 gain x_t - gain^2) / (2 z^2))). That is for Poisson
+  samples and independent noise; under others it is a score like any, only less
+  sharp.
 
   Attributes:
     optimizer: the user's; sees the model's part of gradient and parameters, as
@@ -185,7 +187,8 @@ class Observer:
     starts = jnp.asarray([s.first_step for s in segments], jnp.int32)
     now = jnp.searchsorted(starts, state.step, side="right") - 1
     sizes = [float(s.expected_batch_size) for s in segments]
-    probs = [self.plan.sampling_prob(s.first_step) for s in segments]
+    # Whatever the sampling: how often a record takes part. Scores need no more.
+    probs = [size / self.plan.num_examples for size in sizes]
     read = self.readings(gradient, params, jnp.asarray(sizes)[now])
     ratios = self.log_ratios(read, jnp.asarray(probs, jnp.float32)[now])
     updates, inner = self.optimizer.update(

@@ -6,6 +6,7 @@ made when somebody asks for the report as a page.
 
 from collections.abc import Sequence
 import dataclasses
+import math
 
 import dp_accounting
 from dp_accounting import dp_event
@@ -159,10 +160,15 @@ def covering_gaussian(
     relation: a key of `accounting.RELATIONS`.
 
   Returns:
-    At least `epsilon`: usually that itself.
+    At least `epsilon`: usually that itself. Infinity where PLD does not tell
+    the deltas.
   """
-  if not 0 < epsilon <= accounting.MAX_EPSILON_FOR_PLD:
+  if not epsilon:
     return epsilon
+  if epsilon > accounting.MAX_EPSILON_FOR_PLD or not accounting.has_pld(
+    releases, relation
+  ):
+    return math.inf
   curve = trade_off(releases, epsilon, delta, relation)
   sigma = dp_accounting.get_sigma_gaussian(epsilon, delta)
   for at, least in zip(curve.epsilons, curve.deltas, strict=True):

@@ -4,6 +4,8 @@ A run's noise changes with dptrain's code, whatever its seed: what a test asks
 of an audit must be true of all but one in ten thousand.
 """
 
+import dataclasses
+
 import small_run
 
 from dptrain.auditing import audit
@@ -32,10 +34,14 @@ def audited(
   mode="white_box",
   guesses=None,
   num_records=RECORDS,
+  privacy=None,
   **options,
 ):
+  """`privacy`: settings that `small_run.make_run` has no option for."""
+  run = make_run(model_dir, **options)
+  changed = dataclasses.replace(run.privacy, **(privacy or {}))
   return audit.audit(
-    make_run(model_dir, **options),
+    dataclasses.replace(run, privacy=changed),
     audit.AuditSettings(canaries=canaries, mode=mode, guesses=guesses),
     small_run.records(num_records),
   )

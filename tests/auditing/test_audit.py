@@ -47,6 +47,26 @@ def test_samples_and_other_clipping_rules(tmp_path, clipping):
   assert verdict.measured.sensitivity == pytest.approx(1.0, abs=0.2)
 
 
+@pytest.mark.parametrize(
+  "privacy",
+  [
+    {"sampling": "shuffled"},
+    {"sampling": "cyclic_poisson", "bands": 2},
+    {"sampling": "without_replacement", "relation": "replace_one"},
+    {"private_metrics_share": 0.2},
+  ],
+  ids=str,
+)
+def test_other_samplings_and_releases_pass(tmp_path, privacy):
+  half = small_audit.ALL // 2
+  verdict = small_audit.audited(
+    tmp_path, sizes=(half, half), noise=1.0, privacy=privacy
+  )
+  assert verdict.passed, found(verdict)
+  assert verdict.guesses.correct > 0.6 * verdict.guesses.made
+  assert verdict.measured.sensitivity == pytest.approx(1.0, abs=0.2)
+
+
 def test_more_noise_hides_the_coins(tmp_path):
   verdict = small_audit.audited(tmp_path, noise=200.0)
   assert verdict.passed, found(verdict)

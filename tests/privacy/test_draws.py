@@ -75,6 +75,20 @@ def test_a_truncated_sample_is_a_uniform_part_of_the_poisson_sample():
   assert np.abs(share - sizes.mean() / N).max() < 4.5 * np.sqrt(0.16 / 3000)
 
 
+def test_a_plan_that_truncates_is_priced_so():
+  made = plan("truncated_poisson", ((12, 3), (20, 5)))
+  found = [
+    (r.count, r.sampling_prob, r.sampling, r.num_examples)
+    for r in made.releases()
+  ]
+  assert found == [
+    (3, 12 / N, "truncated_poisson", N),
+    (2, 20 / N, "truncated_poisson", N),
+  ]
+  caps = [r.truncated_batch_size for r in made.releases()]
+  assert caps == [made.truncated_batch_size(step) for step in (0, 3)]
+
+
 def test_a_fixed_size_is_fixed_and_uniform():
   found = table(plan("without_replacement", ((12, 3000),), "replace_one"))
   assert (found.sum(axis=1) == 12).all()
