@@ -243,6 +243,24 @@ def _add_plan_flags(parser: argparse.ArgumentParser) -> None:
     help="a phase of the schedule, or START:END:UNTIL for a ramp; several",
   )
   parser.add_argument(
+    "--sampling",
+    metavar="NAME",
+    help="how records are drawn: poisson (default), truncated_poisson,"
+    " without_replacement, shuffled, balls_in_bins, cyclic_poisson",
+  )
+  parser.add_argument(
+    "--relation",
+    metavar="NAME",
+    help="which corpora are neighbours: zero_out (default), replace_one,"
+    " add_or_remove_one (N is then a public estimate)",
+  )
+  parser.add_argument(
+    "--bands",
+    type=int,
+    metavar="B",
+    help="of correlated noise, for cyclic_poisson (1: independent)",
+  )
+  parser.add_argument(
     "--compare",
     default="",
     metavar="SIZE[,SIZE]",

@@ -9,7 +9,15 @@ from dptrain.privacy import schedule as schedule_lib
 from dptrain.reports import advice as advice_lib
 from dptrain.reports import forecast as forecast_lib
 
-_GIN_FLAGS = ("delta", "epsilon", "noise_multiplier", "phase")
+_GIN_FLAGS = (
+  "delta",
+  "epsilon",
+  "noise_multiplier",
+  "phase",
+  "sampling",
+  "relation",
+  "bands",
+)
 _NOT_FOR_ADVICE = (
   "gin_file",
   "phase",
@@ -107,12 +115,19 @@ def _settings(arguments: argparse.Namespace) -> plan_lib.PrivacySettings:
       raise ValueError(
         f"--{name} is missing: give it, or a gin file by --gin_file."
       )
+  relation = arguments.relation or "zero_out"
   phases = [forecast_lib.parse_phase(text) for text in arguments.phase]
   return plan_lib.PrivacySettings(
     schedule=schedule_lib.BatchSchedule(phases),
     delta=arguments.delta,
     target_epsilon=arguments.epsilon,
     noise_multiplier=arguments.noise_multiplier,
+    sampling=arguments.sampling or "poisson",
+    relation=relation,
+    bands=1 if arguments.bands is None else arguments.bands,
+    public_num_examples=_num_examples(arguments, None)
+    if relation == "add_or_remove_one"
+    else None,
   )
 
 

@@ -25,6 +25,23 @@ def test_from_flags(capsys):
   assert told["affordable_steps"] == 60
 
 
+@pytest.mark.parametrize(
+  ("flags", "told"),
+  [
+    (["--relation=add_or_remove_one"], "10,000 (a public estimate)"),
+    (["--sampling=cyclic_poisson", "--bands=2"], "0.08"),
+    (["--sampling=shuffled", "--relation=replace_one"], "10,000"),
+  ],
+  ids=str,
+)
+def test_other_samplings_and_relations(capsys, flags, told):
+  status, out, _ = run(
+    capsys, *FLAGS[:2], "--phase=400:60", "--epsilon=3", *flags
+  )
+  assert status == 0
+  assert told in out
+
+
 def test_from_a_gin_file(capsys):
   status, out, _ = run(
     capsys,

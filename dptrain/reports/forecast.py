@@ -130,11 +130,14 @@ class Forecast:
   def facts(self) -> list[tuple[str, str]]:
     """Its figures, as pairs of a name and a value."""
     plan, epsilon = self.plan, self.epsilon
+    estimated = ""
+    if plan.relation == "add_or_remove_one":
+      estimated = " (a public estimate)"
     rows = [
       ("epsilon", f"{report.rounded_up(epsilon.value)} ({epsilon.accountant})"),
       ("delta", f"{plan.delta:g}"),
       ("noise multiplier", f"{plan.noise_multiplier:g}"),
-      ("records", f"{plan.num_examples:,}"),
+      ("records", f"{plan.num_examples:,}{estimated}"),
       ("updates", f"{plan.num_steps:,}"),
       ("examples", f"{self.examples:,} (expected), {self.epochs:.3g} epochs"),
       (
