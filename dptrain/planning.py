@@ -135,6 +135,8 @@ def _num_examples(arguments: argparse.Namespace, run: Any) -> int:
   if arguments.num_examples is not None:
     return _whole("num_examples", arguments.num_examples)
   if run is not None:
+    if run.privacy.public_num_examples is not None:
+      return int(run.privacy.public_num_examples)
     from dptrain.privacy import ledger
 
     path = pathlib.Path(run.model_dir).expanduser() / ledger.LEDGER_FILE
@@ -143,7 +145,7 @@ def _num_examples(arguments: argparse.Namespace, run: Any) -> int:
       return int(header["plan"]["num_examples"])
   raise ValueError(
     "--num_examples is missing: epsilon depends on the number of records in the"
-    " corpus (`dptrain train` prints it, and MODEL_DIR's ledger has it)."
+    " corpus (a MODEL_DIR that trains already has it in its ledger)."
   )
 
 

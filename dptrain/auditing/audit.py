@@ -150,6 +150,11 @@ def _check_auditable(run: run_lib.TrainingRun, settings: AuditSettings) -> None:
       f"an audit runs in one process, not in {jax.process_count()}: audit a"
       " smaller run of the same settings."
     )
+  if run.privacy.unit != "record":
+    raise ValueError(
+      f"PrivacySettings.unit={run.privacy.unit!r} cannot be audited: canaries"
+      " are records. Audit the same run with unit='record'."
+    )
   quantile = run.privacy.adaptive_quantile
   if settings.mode == "white_box" and quantile is not None:
     raise ValueError(
@@ -223,15 +228,17 @@ def _judged(
   if settings.mode == "white_box":
     seen = jax.device_get(state["opt_state"])
     scores = np.asarray(seen.scores, np.float64)
-    measured = verdict_lib.measure(
-      np.asarray(seen.totals, np.float64),
-      np.asarray(seen.squares, np.float64),
-      canaries.included,
-      [
-        plan.expected_batch_size(step) / plan.num_examples
-        for step in range(result.step)
-      ],
-      plan.noise_multiplier,
+    # Noise that is correlated over updates is not measured by adding it up.
+    measured = (
+      None
+      if plan.bands > 1
+      else verdict_lib.measure(
+        np.asarray(seen.totals, np.float64),
+        np.asarray(seen.squares, np.float64),
+        canaries.included,
+        [plan.participation_prob(step) for step in range(result.step)],
+        plan.noise_multiplier,
+      )
     )
   else:
     scores = black_box.scores(prepared, state["params"], canaries.tokens)

@@ -14,22 +14,32 @@ class Document(NamedTuple):
   """One document: text that records never reach across.
 
   Attributes:
-    source: where the text comes from; names the document in messages.
+    source: where the text comes from; names it in messages.
     text: the text itself.
+    document: key of the document that it belongs to, if that is larger (a file
+      that was cut into passages, say); empty: it is one of its own.
+    unit: key of the user (the author, say) that it belongs to; empty if none is
+      known.
   """
 
   source: str
   text: str
+  document: str = ""
+  unit: str = ""
+
+
+# Features that an example may have beside "text".
+_OPTIONAL = ("source", "document", "unit")
 
 
 def read_documents(task: str, split: str) -> Iterator[Document]:
   """Reads the documents of a registered seqio task or mixture.
 
-  Any task serves whose examples carry a scalar string feature "text"; a scalar
-  string feature "source" names the document and is optional. Documents come
-  unshuffled, each once. Of a mixture every task that has the split is read
-  whole, one after another: sampling by the mixture's rates would let one
-  document decide whether another takes part, which the privacy analysis
+  Any task serves whose examples carry a scalar string feature "text"; scalar
+  string features "source", "document" and "unit" are optional: see `Document`.
+  Documents come unshuffled, each once. Of a mixture every task that has the
+  split is read whole, one after another: sampling by the mixture's rates would
+  let one document decide whether another takes part, which the privacy analysis
   excludes.
 
   Args:
@@ -87,7 +97,7 @@ def _dataset(name: str, task: Any, split: str) -> Any:
     sequence_length=None, split=split, shuffle=False, use_cached=False
   )
   spec = dataset.element_spec
-  for feature in ("text", "source"):
+  for feature in ("text", *_OPTIONAL):
     if feature not in spec:
       continue
     shape, dtype = spec[feature].shape, spec[feature].dtype
@@ -112,9 +122,12 @@ def _documents(
   empty = True
   for name, dataset in datasets:
     for position, example in enumerate(dataset.as_numpy_iterator()):
-      source = f"{name}:{split}:{position}"
-      if "source" in example:
-        source = example["source"].decode("utf-8", errors="replace")
+      told = {
+        feature: example[feature].decode("utf-8", errors="replace")
+        for feature in _OPTIONAL
+        if feature in example
+      }
+      source = told.get("source") or f"{name}:{split}:{position}"
       try:
         text = example["text"].decode("utf-8")
       except UnicodeDecodeError as error:
@@ -123,7 +136,9 @@ def _documents(
           f"{error.start}"
         ) from error
       empty = False
-      yield Document(source, text)
+      yield Document(
+        source, text, told.get("document", ""), told.get("unit", "")
+      )
   if empty:
     raise ValueError(
       f"split {split!r} of seqio task {task!r} holds no document; check the "

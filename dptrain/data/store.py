@@ -34,12 +34,18 @@ class RecordStore:
 
   Attributes:
     tokens: int32 [N, T]; rows read [CLS] ... [SEP] [PAD] ...
+    documents: uint64 [N], equal for the records of one document (64 bits of a
+      hash of its key); None: every record is one of its own.
+    users: uint64 [N], likewise for the records of one user; None if the corpus
+      does not tell.
 
   Raises:
     ValueError: if `tokens` has another dtype or rank, or no rows.
   """
 
   tokens: npt.NDArray[np.int32]
+  documents: npt.NDArray[np.uint64] | None = None
+  users: npt.NDArray[np.uint64] | None = None
 
   def __post_init__(self) -> None:
     if self.tokens.dtype != np.int32 or self.tokens.ndim != 2:
@@ -49,6 +55,13 @@ class RecordStore:
       )
     if not self.tokens.size:
       raise ValueError(f"tokens of shape {self.tokens.shape} holds no record")
+    for name in ("documents", "users"):
+      keys = getattr(self, name)
+      if keys is not None and keys.shape != self.tokens.shape[:1]:
+        raise ValueError(
+          f"{name} has shape {keys.shape}; it needs one key for each of the"
+          f" {len(self.tokens)} records"
+        )
     tokens = np.ascontiguousarray(self.tokens).view()
     tokens.flags.writeable = False
     object.__setattr__(self, "tokens", tokens)
@@ -62,6 +75,23 @@ class RecordStore:
   def sequence_length(self) -> int:
     """T, the length of every record."""
     return int(self.tokens.shape[1])
+
+  @property
+  def record_shape(self) -> tuple[int, ...]:
+    """Shape of what one index gathers: T."""
+    return (self.sequence_length,)
+
+  def subset(self, indices: npt.NDArray[np.integer[Any]]) -> RecordStore:
+    """The store of some of the records.
+
+    Args:
+      indices: integers [n] in [0, N).
+    """
+    some = [
+      None if keys is None else keys[indices]
+      for keys in (self.documents, self.users)
+    ]
+    return RecordStore(self.gather(indices), *some)
 
   def gather(
     self, indices: npt.NDArray[np.integer[Any]]
@@ -93,6 +123,8 @@ class RecordStore:
     head = f"{self.tokens.shape} {self.tokens.dtype.str}".encode()
     digest = hashlib.sha256(head)
     digest.update(self.tokens.data)
+    for keys in (self.documents, self.users):
+      digest.update(b"none" if keys is None else keys.tobytes())
     return digest.digest()
 
 
@@ -131,32 +163,54 @@ def build_store(
     raise ValueError(
       f"min_tokens={min_tokens} must be at least 1; 1 keeps every piece"
     )
-  blocks = [
-    _records(np.asarray(ids, np.int32), sequence_length, min_tokens)
-    for texts in _chunks(documents)
-    for ids in vocabulary.encode(texts)
-    if ids
-  ]
+  blocks: list[npt.NDArray[np.int32]] = []
+  keys: list[tuple[Document, int]] = []
+  for some in _chunks(documents):
+    encoded = vocabulary.encode([document.text for document in some])
+    for document, ids in zip(some, encoded, strict=True):
+      if ids:
+        blocks.append(
+          _records(np.asarray(ids, np.int32), sequence_length, min_tokens)
+        )
+        keys.append((document._replace(text=""), len(blocks[-1])))
   if not blocks:
     raise ValueError(
       "the corpus is empty: no document in it holds a token; check the task's "
       "files and the split's name"
     )
-  return RecordStore(np.concatenate(blocks))
+  return RecordStore(
+    np.concatenate(blocks),
+    _keys([(each.document or each.source, n) for each, n in keys]),
+    _keys([(each.unit, n) for each, n in keys])
+    if all(each.unit for each, _ in keys)
+    else None,
+  )
 
 
-def _chunks(documents: Iterable[Document]) -> Iterator[list[str]]:
-  """Groups texts for encoding, whatever the size of each."""
-  texts: list[str] = []
+def _keys(counted: list[tuple[str, int]]) -> npt.NDArray[np.uint64]:
+  """64 bits of each key's hash, as often as it has records."""
+  hashes = [
+    hashlib.sha256(key.encode("utf-8", errors="replace")).digest()[:8]
+    for key, _ in counted
+  ]
+  return np.repeat(
+    np.frombuffer(b"".join(hashes), "<u8").astype(np.uint64),
+    [count for _, count in counted],
+  )
+
+
+def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+  """Groups documents for encoding, whatever the size of each."""
+  some: list[Document] = []
   chars = 0
   for document in documents:
-    texts.append(document.text)
+    some.append(document)
     chars += len(document.text)
     if chars >= _CHARS_PER_CALL:
-      yield texts
-      texts, chars = [], 0
-  if texts:
-    yield texts
+      yield some
+      some, chars = [], 0
+  if some:
+    yield some
 
 
 def _records(

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 from dptrain.privacy import accounting
 from dptrain.privacy import entries
 from dptrain.privacy import plan as plan_lib
+from dptrain.privacy import rounds
 
 LEDGER_FILE = "privacy_ledger.jsonl"
 _FORMAT = 1
@@ -166,6 +167,23 @@ class Ledger:
           " checkpoint beside it contains: the ledger was rolled back. Restore"
           " the newest copy of it; without it the guarantee is lost."
         )
+
+  def check_checkpoints(self) -> None:
+    """Refuses a ledger that lacks what the thin loop's checkpoints know.
+
+    Those of t5x hold a digest among their arrays, which its trainer checks.
+
+    Raises:
+      LedgerError: the file was replaced by an older copy.
+    """
+    for path in sorted(
+      self.path.parent.glob("checkpoints/*/metadata/metadata")
+    ):
+      try:
+        told = json.loads(path.read_bytes())["ledger"]
+      except (ValueError, KeyError, TypeError, OSError):
+        continue  # a damaged checkpoint says nothing
+      self.check_contains(told)
 
   def check_not_lost(self) -> None:
     """Refuses a MODEL_DIR that has checkpoints, of any loop, but no ledger.
@@ -380,6 +398,19 @@ class Ledger:
       ) from error
     self._take(entry, line)
 
+  def _take_release(self, entry: Mapping[str, Any]) -> None:
+    branch, step = entry["branch"], entry["step"]
+    if branch not in self._branches:
+      raise ValueError(f"branch {branch[:12]} was never opened")
+    expected = max(self.last_step(branch) + 1, self.first_step(branch))
+    if step != expected:
+      raise ValueError(f"update {step} stands where {expected} must")
+    update = entries.from_dict(entry, step)
+    sampling = self.header["plan"]["sampling"]
+    if update.round != step and not rounds.several_updates(sampling):
+      raise ValueError(f"under {sampling} each update is a round of its own")
+    self._releases.setdefault(branch, {})[step] = update
+
   def _load(self) -> None:
     data = self.path.read_bytes()
     # A kill in mid-write leaves a last line without its end: the update that it
@@ -405,7 +436,12 @@ class Ledger:
     if kind == "plan":
       if entry["format"] != _FORMAT:
         raise ValueError(f"format {entry['format']} is not {_FORMAT}")
-      self.header = dict(entry)
+      if self.header:
+        raise ValueError("it has a second plan")
+      plan = plan_lib.completed(entry["plan"])
+      self.header = {**entry, "plan": plan}
+    elif not self.header:
+      raise ValueError("a ledger begins with its plan")
     elif kind == "branch":
       branch = Branch(**{name: entry[name] for name in Branch._fields})
       self._branches[branch.name] = branch
@@ -415,8 +451,7 @@ class Ledger:
         (entry["step"], entry["environment"])
       )
     elif kind == "release":
-      by_step = self._releases.setdefault(entry["branch"], {})
-      by_step[entry["step"]] = entries.from_dict(entry, entry["step"])
+      self._take_release(entry)
     elif kind == "unprotected":
       self._unprotected.append(entry["what"])
     else:
@@ -462,7 +497,7 @@ def read(directory: pathlib.Path) -> Ledger:
 
   Raises:
     FileNotFoundError: there is none.
-    LedgerError: it is damaged or empty.
+    LedgerError: it is damaged or empty, or lacks what a checkpoint knows.
   """
   path = directory / LEDGER_FILE
   if not path.exists():
@@ -473,6 +508,7 @@ def read(directory: pathlib.Path) -> Ledger:
   ledger = Ledger(path)
   if not ledger.header:
     raise LedgerError(f"{path} is empty: nothing was released yet.")
+  ledger.check_checkpoints()
   return ledger
 
 

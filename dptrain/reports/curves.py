@@ -9,13 +9,12 @@ import dataclasses
 import math
 
 import dp_accounting
-from dp_accounting import dp_event
 from dp_accounting import pld
 from dp_accounting import rdp
 import numpy as np
-from scipy import stats
 
 from dptrain.privacy import accounting
+from dptrain.privacy import mechanisms
 
 GROUP_SIZES = (2, 4, 8, 16)
 _MAX_POINTS = 24
@@ -210,7 +209,10 @@ def group_epsilons(
       continue
     losses = _by_pld(few, delta, relation, size)
     for release in few:
-      losses.compose(_of_group(release, size), release.count)
+      losses.compose(
+        mechanisms.group_event(release, size * release.group_size),
+        release.count,
+      )
     value = float(losses.get_epsilon(safe))
     limit = accounting.MAX_EPSILON_FOR_PLD
     found[size] = value if value <= limit else None
@@ -228,19 +230,6 @@ def _by_pld(
     tuple(accounting.merged(releases)), delta, relation, quick=True
   )
   return pld.PLDAccountant(accounting.RELATIONS[relation], coarser * grid)
-
-
-def _of_group(
-  release: accounting.Releases, size: int
-) -> dp_event.MixtureOfGaussiansDpEvent:
-  members = np.arange(size + 1)
-  chances = stats.binom.pmf(members, size, release.sampling_prob)
-  present = chances > 0
-  return dp_event.MixtureOfGaussiansDpEvent(
-    release.noise_multiplier,
-    members[present].astype(float).tolist(),
-    (chances[present] / chances[present].sum()).tolist(),
-  )
 
 
 def _rounded_up(

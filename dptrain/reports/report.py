@@ -18,11 +18,16 @@ from typing import Any
 from dptrain.privacy import accounting
 from dptrain.privacy import ledger as ledger_lib
 from dptrain.privacy import plan as plan_lib
+from dptrain.privacy import rounds
 
 TEXT_FILE = "privacy_report.txt"
 JSON_FILE = "privacy_report.json"
 
-UNITS = {"record": "one record: one fixed-length token sequence of the corpus"}
+UNITS = {
+  "record": "one record: one fixed-length token sequence of the corpus",
+  "document": "one document",
+  "user": "one user: everything of theirs in the corpus",
+}
 RELATION_TEXT = {
   "zero_out": (
     "zero-out: two corpora of the same public size that differ in one unit,"
@@ -184,7 +189,7 @@ class PrivacyReport:
       ("epsilon by RDP / PLD", f"{rdp} / {pld}"),
       (
         "without amplification",
-        f"{unamplified} (as if every update had read every record)",
+        f"{unamplified} ({self._unamplified()})",
       ),
       ("budget", "none" if budget is None else f"epsilon {budget:g}"),
       ("records", f"{plan['num_examples']:,}{self._estimated()}"),
@@ -212,6 +217,13 @@ class PrivacyReport:
         f" {ranges['gradient_norm']:g} times the clip norm",
       )
     ]
+
+  def _unamplified(self) -> str:
+    if self.plan["sampling"] in rounds.UNAMPLIFIED:
+      return "the same: none is claimed for this sampling"
+    if self.num_rounds != self.num_releases:
+      return "as if every round had read every record"
+    return "as if every update had read every record"
 
   def _estimated(self) -> str:
     private = self.plan["relation"] == "add_or_remove_one"
@@ -285,7 +297,7 @@ def make_report(ledger: ledger_lib.Ledger) -> PrivacyReport:
     plan=plan,
     clip_norm=_clip_norm(plan),
     private_metrics=private_metrics(plan),
-    unit=UNITS[plan["unit"]],
+    unit=_unit(plan),
     relation=RELATION_TEXT[plan["relation"]],
     delta=plan["delta"],
     epsilon=accounting.epsilon(releases, plan["delta"], plan["relation"]),
@@ -313,6 +325,18 @@ def make_report(ledger: ledger_lib.Ledger) -> PrivacyReport:
     ],
     versions=versions(),
   )
+
+
+def _unit(plan: dict[str, Any]) -> str:
+  """The privacy unit in words."""
+  named = plan.get("unit_name") or UNITS[plan["unit"]]
+  if plan["unit"] == "record":
+    return named
+  k = plan["records_per_unit"]
+  told = f"{named} (of which at most {k} records of fixed length take part"
+  if plan["unit_sampling"] == "units":
+    return f"{told}, as one example)"
+  return f"{told}, each sampled on its own; groups of {k} are priced)"
 
 
 def _clip_norm(plan: dict[str, Any]) -> dict[str, Any]:

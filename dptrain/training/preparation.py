@@ -19,6 +19,7 @@ from dptrain.privacy import keys as keys_lib
 from dptrain.privacy import ledger as ledger_lib
 from dptrain.privacy import plan as plan_lib
 from dptrain.training import evaluation as evaluation_lib
+from dptrain.training import examples as examples_lib
 from dptrain.training import lineage as lineage_lib
 from dptrain.training import mesh as mesh_lib
 from dptrain.training import numerics
@@ -34,7 +35,7 @@ class Preparation(NamedTuple):
   Attributes:
     plan: the privacy plan; sampler, noise and accountant read it.
     seed: where all keys come from.
-    store: the training records. PRIVATE.
+    store: what is sampled: training records, or units of them. PRIVATE.
     evaluator: the validation split under fixed masks; None without one.
     objective: masking and model.
     step: the private step.
@@ -48,7 +49,7 @@ class Preparation(NamedTuple):
 
   plan: plan_lib.PrivacyPlan
   seed: keys_lib.SecretSeed
-  store: store_lib.RecordStore
+  store: batches.Store
   evaluator: evaluation_lib.Evaluator | None
   objective: objective_lib.Objective
   step: step_lib.PrivateStep
@@ -134,8 +135,12 @@ def prepare(
       run, directory, started=bool(ledger.header)
     )
   records_lib.check_records(run, records)
-  store, validation = records.train, records.validation
-  batches.check_physical_batch(store.num_examples, run.physical_batch_size)
+  records_store, validation = records.train, records.validation
+  store = examples_lib.of_run(run, records_store, validation, seed)
+  if (
+    run.privacy.relation != "add_or_remove_one"
+  ):  # else their number is private
+    batches.check_physical_batch(store.num_examples, run.physical_batch_size)
   recorded = ledger.header.get("plan", {})
   plan = plan_lib.make_plan(
     run.privacy,
@@ -154,7 +159,7 @@ def prepare(
   for what in records.unprotected:
     ledger.declare_unprotected(what)
   objective = objective_lib.Objective(run.model, run.masking)
-  batch = _batch_shapes(run)
+  batch = _batch_shapes(run, store.record_shape)
   params = jax.eval_shape(objective.model.init, seed.key("shapes", branch=""))
   clipping = methods.choose(
     objective.losses,
@@ -206,10 +211,12 @@ def prepare(
   )
 
 
-def _batch_shapes(run: run_lib.TrainingRun) -> dict[str, jax.ShapeDtypeStruct]:
+def _batch_shapes(
+  run: run_lib.TrainingRun, record_shape: tuple[int, ...]
+) -> dict[str, jax.ShapeDtypeStruct]:
   size = run.physical_batch_size
   return {
-    "tokens": jax.ShapeDtypeStruct((size, run.sequence_length), "int32"),
+    "tokens": jax.ShapeDtypeStruct((size, *record_shape), "int32"),
     "example_ids": jax.ShapeDtypeStruct((size,), "int32"),
     "is_padding": jax.ShapeDtypeStruct((size,), "bool"),
   }
