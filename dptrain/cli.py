@@ -334,8 +334,8 @@ def _add_vocab_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--words",
     metavar="FILE",
-    help="learn from the noisy counts of an earlier call (FILE.words.tsv), at no"
-    " further cost, instead of from the corpus",
+    help="learn from the noisy counts of an earlier call (FILE.words.tsv),"
+    " instead of from the corpus: at no further cost",
   )
   parser.add_argument(
     "--size",
