@@ -24,6 +24,23 @@ def test_growth_ends_at_what_is_quoted():
   assert len(grown.updates) <= 30
 
 
+def test_growth_begins_above_what_was_released_before():
+  before = [Releases(1, 1.0, 2.0)]
+  grown = curves.growth(RELEASES, DELTA, "zero_out", before)
+  quoted = accounting.epsilon([*before, *RELEASES], DELTA, quick=True)
+  assert grown.updates[-1] == 45
+  assert grown.by_pld[-1] == pytest.approx(quoted.pld, rel=1e-6)
+  assert grown.by_rdp[-1] == pytest.approx(quoted.rdp, rel=1e-9)
+  assert grown.by_pld[0] > accounting.epsilon(before, DELTA).value
+
+
+def test_failures_are_part_of_every_delta():
+  without = curves.trade_off(RELEASES, 3.0, DELTA, "zero_out")
+  made = curves.trade_off(RELEASES, 3.0, DELTA, "zero_out", failure_prob=2e-6)
+  np.testing.assert_allclose(np.array(made.deltas) - without.deltas, 2e-6)
+  assert np.all(np.array(made.type_2) <= without.type_2)
+
+
 def test_the_trade_off_of_one_gaussian_is_the_closed_form():
   noise = 2.0
   made = curves.trade_off([Releases(1, 1.0, noise)], 3.0, DELTA, "zero_out")
