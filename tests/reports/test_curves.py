@@ -131,7 +131,7 @@ def mu_of(epsilon, delta):
 def test_a_claim_with_a_heavy_middle_takes_a_larger_gaussian(monkeypatch):
   # (0, 0.3)-DP and (3, 1e-5)-DP: the Gaussian of the latter has less at 0.
   curve = curves.TradeOff([0.0, 3.0], [0.3, DELTA], [], [])
-  monkeypatch.setattr(curves, "trade_off", lambda *_: curve)
+  monkeypatch.setattr(curves, "trade_off", lambda *_, **__: curve)
   found = curves.covering_gaussian(RELEASES, 3.0, DELTA, "zero_out")
   assert found > 3.2
   assert delta_of_gaussian(0.0, mu_of(found, DELTA)) == pytest.approx(0.3)
