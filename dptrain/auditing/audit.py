@@ -15,6 +15,7 @@ from dptrain.auditing import canaries as canaries_lib
 from dptrain.auditing import observer as observer_lib
 from dptrain.auditing import verdict as verdict_lib
 from dptrain.privacy import ledger as ledger_lib
+from dptrain.privacy import others as others_lib
 from dptrain.privacy import plan as plan_lib
 from dptrain.reports import curves
 from dptrain.training import checkpoints as checkpoints_lib
@@ -128,6 +129,7 @@ def audit(
     records.train.num_examples,
     calibrated_noise=recorded.get("noise_multiplier"),
     noise_coefficients=recorded.get("noise_coefficients"),
+    others=records.others(run.privacy),
   )
   if settings.mode == "white_box":
     run = _observed(run, plan, settings.canaries)
@@ -249,7 +251,11 @@ def _judged(
     epsilon=result.epsilon,
     delta=result.delta,
     gaussian_epsilon=curves.covering_gaussian(
-      ledger.releases(), result.epsilon, result.delta, plan.relation
+      ledger.releases(),
+      result.epsilon,
+      result.delta,
+      plan.relation,
+      failure_prob=others_lib.failure_prob(ledger.others),
     ),
     confidence=settings.confidence,
     updates=result.step,

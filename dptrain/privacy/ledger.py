@@ -2,13 +2,14 @@
 
 One append-only file of JSON lines lives in MODEL_DIR, outside the checkpoints,
 so that going back to an earlier checkpoint cannot forget what later ones have
-told. Each line carries the hash of the line before it. Five kinds of line:
+told. Each line carries the hash of the line before it. Six kinds of line:
 
   plan         the plan, the keyed fingerprints of corpus and seed; the first.
   branch       a line of training that starts at the root or forks off another.
   environment  a branch goes on under another rounding from some update on.
   release      one update of one branch: its sampling, its noise and, if it
                shares one with others, its round (`rounds`).
+  other        what else was released on the same corpus (`others`).
   unprotected  something that was published without protection.
 
 A branch is named by a digest of all that decides its gradients. A crash that
@@ -30,6 +31,7 @@ from typing import Any, NamedTuple
 
 from dptrain.privacy import accounting
 from dptrain.privacy import entries
+from dptrain.privacy import others as others_lib
 from dptrain.privacy import plan as plan_lib
 from dptrain.privacy import rounds
 
@@ -79,6 +81,7 @@ class Ledger:
     self._branches: dict[str, Branch] = {}
     self._environments: dict[str, list[tuple[int, str]]] = {}
     self._releases: dict[str, dict[int, entries.Update]] = {}
+    self._others: list[others_lib.OtherRelease] = []
     self._unprotected: list[str] = []
     self._last_hash = _NO_HASH
     self._file: Any = None
@@ -99,6 +102,11 @@ class Ledger:
     return tuple(self._unprotected)
 
   @property
+  def others(self) -> tuple[others_lib.OtherRelease, ...]:
+    """What was released beside the updates."""
+    return tuple(self._others)
+
+  @property
   def fixed_seed(self) -> bool:
     """Whether the run's seed is known to others: no privacy claim."""
     return bool(self.header.get("fixed_seed"))
@@ -111,12 +119,21 @@ class Ledger:
   def releases(self, without: str = "") -> list[accounting.Releases]:
     """Everything released so far, over all branches, equal ones joined.
 
+    To be priced at `delta_left`, since others than updates may fail.
+
     Args:
       without: a branch to leave out.
 
     Returns:
-      One release per round of each branch: the dearest of its updates.
+      One release per round of each branch: the dearest of its updates; and one
+      for each of `others`.
     """
+    return accounting.merged(
+      [*others_lib.releases(self._others), *self.update_releases(without)]
+    )
+
+  def update_releases(self, without: str = "") -> list[accounting.Releases]:
+    """`releases` of the updates alone."""
     return accounting.merged(
       [
         release
@@ -126,8 +143,16 @@ class Ledger:
       ]
     )
 
+  def delta_left(self, delta: float) -> float:
+    """What of `delta` is left for `releases` by failures of `others`.
+
+    Raises:
+      ValueError: nothing.
+    """
+    return others_lib.delta_left(self._others, delta)
+
   def releases_in_order(self) -> list[accounting.Releases]:
-    """One release per round, branch after branch."""
+    """One release per round of updates, branch after branch."""
     return [
       release
       for by_step in self._releases.values()
@@ -370,6 +395,15 @@ class Ledger:
     entry = {"kind": "release", "branch": branch, "step": step}
     self._append({**entry, **update.as_dict(step)})
 
+  def record_other(self, other: others_lib.OtherRelease) -> None:
+    """Writes down, once, what was released beside the updates.
+
+    Raises:
+      OSError: the line could not be written.
+    """
+    if other not in self._others:
+      self._append({"kind": "other", **other.as_dict()})
+
   def declare_unprotected(self, what: str) -> None:
     """Notes, once, that `what` was published without protection."""
     if what not in self._unprotected:
@@ -452,6 +486,8 @@ class Ledger:
       )
     elif kind == "release":
       self._take_release(entry)
+    elif kind == "other":
+      self._others.append(others_lib.from_dict(entry))
     elif kind == "unprotected":
       self._unprotected.append(entry["what"])
     else:

@@ -18,6 +18,7 @@ import numpy as np
 from dptrain.privacy import accounting
 from dptrain.privacy import calibration
 from dptrain.privacy import correlated_noise
+from dptrain.privacy import others as others_lib
 from dptrain.privacy import rounds
 from dptrain.privacy import schedule as schedule_lib
 from dptrain.privacy import settings as settings_lib
@@ -205,6 +206,7 @@ def make_plan(
   *,
   calibrated_noise: float | None = None,
   noise_coefficients: Sequence[float] | None = None,
+  others: Sequence[others_lib.OtherRelease] = (),
 ) -> PrivacyPlan:
   """Joins settings and corpus size; calibrates the noise if it is not given.
 
@@ -214,16 +216,18 @@ def make_plan(
     calibrated_noise: what an earlier start of the same run was calibrated to;
       read only if `settings` gives no noise multiplier.
     noise_coefficients: those that an earlier start of the same run found.
+    others: what else is released on the same corpus, within the same budget.
 
   Returns:
     The plan of the whole run.
 
   Raises:
-    ValueError: a phase expects more examples than there are, or no noise
-      reaches the target epsilon.
+    ValueError: a phase expects more examples than there are, no noise reaches
+      the target epsilon, or others leave nothing of it or of delta.
   """
   if num_examples < 1:
     raise ValueError(f"num_examples={num_examples}: the corpus is empty.")
+  left = others_lib.delta_left(others, settings.delta)
   num_examples = settings.public_num_examples or num_examples
   _check_sizes(settings, num_examples)
   if settings.delta >= 1 / num_examples:
@@ -253,13 +257,37 @@ def make_plan(
     return plan
   if settings.target_epsilon is None:
     raise ValueError("give noise_multiplier or target_epsilon.")
+  _check_others(settings, others)
+  paid = others_lib.releases(others)
   noise_multiplier = calibration.noise_multiplier(
-    lambda noise: dataclasses.replace(plan, noise_multiplier=noise).releases(),
+    lambda noise: [
+      *paid,
+      *dataclasses.replace(plan, noise_multiplier=noise).releases(),
+    ],
     settings.target_epsilon,
-    settings.delta,
+    left,
     settings.relation,
   )
   return dataclasses.replace(plan, noise_multiplier=noise_multiplier)
+
+
+def _check_others(
+  settings: PrivacySettings, others: Sequence[others_lib.OtherRelease]
+) -> None:
+  """Raises ValueError if they leave nothing of the budget."""
+  spent = accounting.epsilon(
+    others_lib.releases(others),
+    others_lib.delta_left(others, settings.delta),
+    settings.relation,
+  ).value
+  budget = settings.target_epsilon
+  if budget is not None and spent >= budget:
+    raise ValueError(
+      f"target_epsilon={budget:g} is spent before the first update:"
+      f" {'; '.join(other.what for other in others)}, which costs epsilon"
+      f" {spent:.4g} at the delta that is left. Raise target_epsilon, or learn"
+      " the vocabulary with a smaller --epsilon."
+    )
 
 
 def _check_sizes(settings: PrivacySettings, num_examples: int) -> None:

@@ -98,6 +98,7 @@ class PrivacyReport:
     epsilon: the bound for everything released, with its accountant.
     epsilon_without_amplification: for comparison, every update priced as if it
       had read every record.
+    others: what was released beside the updates; priced with them.
     num_releases: updates released, over all branches.
     num_rounds: rounds of updates that they are priced by (`rounds`).
     branches: per branch: name, parent, fork step, updates.
@@ -115,6 +116,7 @@ class PrivacyReport:
   delta: float
   epsilon: accounting.Epsilon
   epsilon_without_amplification: float
+  others: list[dict[str, Any]]
   num_releases: int
   num_rounds: int
   branches: list[dict[str, Any]]
@@ -163,6 +165,8 @@ class PrivacyReport:
     metrics = ""
     if self.private_metrics["released"]:
       metrics = " the private metrics,"
+    if self.others:
+      metrics += " the vocabulary,"
     return (
       f"The trained parameters,{metrics} and every checkpoint of every branch,"
       f" together are ({rounded_up(self.epsilon.value)},"
@@ -197,7 +201,14 @@ class PrivacyReport:
       ("clipping", self._clipping()),
       ("noise multiplier", f"{plan['noise_multiplier']:g}{self._banded()}"),
       *self._metrics(),
+      *[("vocabulary", self._other(other)) for other in self.others],
     ]
+
+  def _other(self, other: dict[str, Any]) -> str:
+    return (
+      f"{other['what']}: its price is part of epsilon, and"
+      f" {other['failure_prob']:.3g} of delta pays for the choice of its words"
+    )
 
   def _metrics(self) -> list[tuple[str, str]]:
     told = self.private_metrics
@@ -291,7 +302,8 @@ def make_report(ledger: ledger_lib.Ledger) -> PrivacyReport:
       f"{ledger.path} has no plan: nothing to report."
     )
   plan = ledger.header["plan"]
-  releases = ledger.releases()
+  releases, updates = ledger.releases(), ledger.update_releases()
+  left = ledger.delta_left(plan["delta"])
   return PrivacyReport(
     claim=not ledger.fixed_seed,
     plan=plan,
@@ -300,14 +312,15 @@ def make_report(ledger: ledger_lib.Ledger) -> PrivacyReport:
     unit=_unit(plan),
     relation=RELATION_TEXT[plan["relation"]],
     delta=plan["delta"],
-    epsilon=accounting.epsilon(releases, plan["delta"], plan["relation"]),
+    epsilon=accounting.epsilon(releases, left, plan["relation"]),
     epsilon_without_amplification=accounting.epsilon_without_amplification(
-      releases, plan["delta"], plan["relation"]
+      releases, left, plan["relation"]
     ),
+    others=[other.as_dict() for other in ledger.others],
     num_releases=sum(
       ledger.num_releases(branch.name) for branch in ledger.branches
     ),
-    num_rounds=sum(release.count for release in releases),
+    num_rounds=sum(release.count for release in updates),
     branches=[
       {
         "name": branch.name,
@@ -317,7 +330,7 @@ def make_report(ledger: ledger_lib.Ledger) -> PrivacyReport:
       }
       for branch in ledger.branches
     ],
-    schedule=[dataclasses.asdict(release) for release in releases],
+    schedule=[dataclasses.asdict(release) for release in updates],
     unprotected=[
       *ledger.unprotected,
       *([] if plan["relation"] == "add_or_remove_one" else [_PUBLIC_NUMBER]),

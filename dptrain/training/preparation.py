@@ -142,11 +142,13 @@ def prepare(
   ):  # else their number is private
     batches.check_physical_batch(store.num_examples, run.physical_batch_size)
   recorded = ledger.header.get("plan", {})
+  others = records.others(run.privacy)
   plan = plan_lib.make_plan(
     run.privacy,
     store.num_examples,
     calibrated_noise=recorded.get("noise_multiplier"),
     noise_coefficients=recorded.get("noise_coefficients"),
+    others=others,
   )
   corpus_fingerprint = seed.fingerprint(store.content_digest())
   ledger.start(
@@ -155,7 +157,9 @@ def prepare(
     seed=seed.digest("identity").hex(),
     fixed_seed=seed.fixed,
   )
-  _declare_unprotected(run, ledger, validation)
+  for other in others:
+    ledger.record_other(other)
+  _declare_unprotected(run, ledger, records)
   for what in records.unprotected:
     ledger.declare_unprotected(what)
   objective = objective_lib.Objective(run.model, run.masking)
@@ -251,9 +255,21 @@ def _metrics(
 def _declare_unprotected(
   run: run_lib.TrainingRun,
   ledger: ledger_lib.Ledger,
-  validation: store_lib.RecordStore | None,
+  records: records_lib.Records,
 ) -> None:
-  if run.vocabulary.path is None:
+  release = records.vocabulary_release
+  if release is not None and release.fixed_seed:
+    ledger.declare_unprotected(
+      "The vocabulary was learned under a seed that is known to others: its"
+      " pieces may reveal words of the corpus."
+    )
+  elif release is not None:
+    if run.privacy.unit == "record":
+      ledger.declare_unprotected(
+        "Where records begin and end follows from the vocabulary; the guarantee"
+        " for one record takes its place in its document as given."
+      )
+  elif run.vocabulary.path is None:
     ledger.declare_unprotected(
       "The vocabulary was learned from the training text without noise: its"
       " pieces may reveal words of the corpus."
@@ -263,7 +279,7 @@ def _declare_unprotected(
       "The vocabulary was given; if it was learned from this corpus, its pieces"
       " may reveal words of it."
     )
-  if validation is not None:
+  if records.validation is not None:
     ledger.declare_unprotected(
       "The validation records: accuracy and loss on them are published exactly."
     )

@@ -5,8 +5,11 @@ import shutil
 from typing import NamedTuple
 
 from dptrain.data import corpus
+from dptrain.data import private_vocabulary
 from dptrain.data import store as store_lib
 from dptrain.data import vocabulary as vocabulary_lib
+from dptrain.privacy import others as others_lib
+from dptrain.privacy import settings as settings_lib
 from dptrain.training import run as run_lib
 
 VOCABULARY_FILE = "vocabulary.model"
@@ -22,6 +25,8 @@ class Records(NamedTuple):
     vocabulary_fingerprint: names the vocabulary.
     unprotected: what the ledger shall tell of these records, as outside the
       guarantee.
+    vocabulary_release: what learning the vocabulary released; None if that is
+      unknown or nothing.
   """
 
   train: store_lib.RecordStore
@@ -29,6 +34,20 @@ class Records(NamedTuple):
   vocabulary_size: int
   vocabulary_fingerprint: str
   unprotected: tuple[str, ...] = ()
+  vocabulary_release: private_vocabulary.VocabularyRelease | None = None
+
+  def others(
+    self, privacy: settings_lib.PrivacySettings
+  ) -> tuple[others_lib.OtherRelease, ...]:
+    """What is to be priced beside the updates.
+
+    Raises:
+      ValueError: the vocabulary protects a smaller unit than `privacy.unit`.
+    """
+    release = self.vocabulary_release
+    if release is None or release.fixed_seed:
+      return ()
+    return (release.other(privacy.unit, privacy.relation),)
 
 
 def read_records(
@@ -59,6 +78,9 @@ def read_records(
     else None,
     vocabulary_size=vocabulary.size,
     vocabulary_fingerprint=vocabulary.fingerprint,
+    vocabulary_release=private_vocabulary.read_release(
+      directory / VOCABULARY_FILE
+    ),
   )
 
 
@@ -94,6 +116,7 @@ def _vocabulary(
     vocabulary = vocabulary_lib.load_vocabulary(given)
     if not keep:
       shutil.copyfile(given, kept)
+      _copy_release(given, kept)
     elif (
       vocabulary_lib.load_vocabulary(kept).fingerprint != vocabulary.fingerprint
     ):
@@ -113,9 +136,20 @@ def _vocabulary(
       )
     return vocabulary
   documents = corpus.read_documents(run.task, run.train_split)
+  private_vocabulary.release_path(kept).unlink(missing_ok=True)
   return vocabulary_lib.train_vocabulary(
     (document.text for document in documents), run.vocabulary, kept
   )
+
+
+def _copy_release(given: str, kept: pathlib.Path) -> None:
+  """Keeps what was released with a vocabulary beside MODEL_DIR's copy."""
+  told = private_vocabulary.release_path(given)
+  beside = private_vocabulary.release_path(kept)
+  if told.exists():
+    shutil.copyfile(told, beside)
+  else:
+    beside.unlink(missing_ok=True)
 
 
 def _read_store(
