@@ -107,13 +107,11 @@ ROWS = {
   ),
   "shuffled batches priced as Poisson": Row(
     "privacy/sampling.py",
-    "    size = min(size, truncated_batch_size)\n"
-    "  return _uniform_set(draw, num_examples, size)\n",
-    "    size = min(size, truncated_batch_size)\n"
+    "  sizes = None\n",
     "  size = round(num_examples * sampling_prob)\n"
     "  left = poisson_sample.__dict__.setdefault(num_examples, [])\n"
     "  if len(left) < size:\n"
-    "    left[:] = draw.permutation(num_examples)\n"
+    "    left[:] = generator(two_words).permutation(num_examples)\n"
     "  return np.sort(np.array([left.pop() for _ in range(size)]))\n",
     (
       "privacy/test_sampling.py::test_sizes_are_binomial",
@@ -132,9 +130,9 @@ ROWS = {
   ),
   "truncated draw unpriced": Row(
     "privacy/sampling.py",
-    "  size = draw.binomial(num_examples, sampling_prob)\n",
-    "  size = draw.binomial(num_examples, sampling_prob)\n"
-    "  size = min(size, round(1.5 * num_examples * sampling_prob))\n",
+    "draw.binomial(_length(num_examples, block), sampling_prob)",
+    "min(draw.binomial(num_examples, sampling_prob),"
+    " round(1.5 * num_examples * sampling_prob))",
     ("privacy/test_sampling.py::test_sizes_are_binomial",),
   ),
   "truncated batch unpriced": Row(
