@@ -122,7 +122,7 @@ ROWS = {
   "division by the realised batch": Row(
     "training/loop.py",
     "expected_batch_size=float(self.plan.expected_batch_size(step)),",
-    "expected_batch_size=float(max(len(indices), 1)),",
+    "expected_batch_size=float(max(len(self._drawn(step)), 1)),",
     (
       "training/test_release_path.py::test_the_sum_is_divided_by_the_public_size"
       "_in_the_loop",
@@ -136,9 +136,9 @@ ROWS = {
     ("privacy/test_sampling.py::test_sizes_are_binomial",),
   ),
   "truncated batch unpriced": Row(
-    "training/loop.py",
-    "    for batch in self._batches(indices):\n",
-    "    for batch in self._batches(indices[:32]):\n",
+    "training/feeding.py",
+    "indices = draw(step)\n",
+    "indices = draw(step)[:32]\n",
     (
       "training/test_release_path.py::test_every_record_that_is_drawn_takes"
       "_part",

@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from dptrain.data.special_tokens import PAD_ID
-from dptrain.data.store import RecordStore
+from dptrain.data.store import Store
 
 
 def physical_batches(
-  store: RecordStore,
+  store: Store,
   indices: npt.NDArray[np.integer[Any]],
   physical_batch_size: int,
   rows: npt.NDArray[np.integer[Any]] | None = None,
@@ -59,7 +59,7 @@ def physical_batches(
 
 
 def _deal(
-  store: RecordStore,
+  store: Store,
   indices: npt.NDArray[np.integer[Any]],
   size: int,
   rows: npt.NDArray[np.integer[Any]],
@@ -82,7 +82,7 @@ def _deal(
 
 
 def evaluation_batches(
-  store: RecordStore, physical_batch_size: int, limit: int | None = None
+  store: Store, physical_batch_size: int, limit: int | None = None
 ) -> Iterator[dict[str, npt.NDArray[Any]]]:
   """Deals out the store, or an evenly spaced part of it, always the same.
 

@@ -16,25 +16,32 @@ class Document(NamedTuple):
   Attributes:
     source: where the text comes from; names the document in messages.
     text: the text itself.
+    unit: whose text it is: a key that all documents of one unit share (an
+      author's, say); None if the document stands for itself.
   """
 
   source: str
   text: str
+  unit: str | None = None
 
 
-def read_documents(task: str, split: str) -> Iterator[Document]:
+def read_documents(
+  task: str, split: str, encoding_errors: str = "strict"
+) -> Iterator[Document]:
   """Reads the documents of a registered seqio task or mixture.
 
   Any task serves whose examples carry a scalar string feature "text"; a scalar
-  string feature "source" names the document and is optional. Documents come
-  unshuffled, each once. Of a mixture every task that has the split is read
-  whole, one after another: sampling by the mixture's rates would let one
-  document decide whether another takes part, which the privacy analysis
-  excludes.
+  string feature "source" names the document and is optional, as is "unit", the
+  key that the documents of one unit share. Documents come unshuffled, each
+  once. Of a mixture every task that has the split is read whole, one after
+  another: sampling by the mixture's rates would let one document decide whether
+  another takes part, which the privacy analysis excludes.
 
   Args:
     task: the name of the task or mixture.
     split: the name of the split, for instance "train".
+    encoding_errors: "strict" refuses a text that is not UTF-8; "replace" reads
+      what is wrong in it as U+FFFD.
 
   Returns:
     An iterator over the documents.
@@ -44,9 +51,13 @@ def read_documents(task: str, split: str) -> Iterator[Document]:
       if it has no "text" feature; on the first `next` if the split holds no
       document; while reading if a text is not UTF-8.
   """
+  if encoding_errors not in ("strict", "replace"):
+    raise ValueError(
+      f"encoding_errors={encoding_errors!r} must be 'strict' or 'replace'"
+    )
   providers = _providers(task, split)
   datasets = [(name, _dataset(name, each, split)) for name, each in providers]
-  return _documents(task, split, datasets)
+  return _documents(task, split, datasets, encoding_errors)
 
 
 def _providers(task: str, split: str) -> list[tuple[str, Any]]:
@@ -87,7 +98,7 @@ def _dataset(name: str, task: Any, split: str) -> Any:
     sequence_length=None, split=split, shuffle=False, use_cached=False
   )
   spec = dataset.element_spec
-  for feature in ("text", "source"):
+  for feature in ("text", "source", "unit"):
     if feature not in spec:
       continue
     shape, dtype = spec[feature].shape, spec[feature].dtype
@@ -106,7 +117,10 @@ def _dataset(name: str, task: Any, split: str) -> Any:
 
 
 def _documents(
-  task: str, split: str, datasets: list[tuple[str, Any]]
+  task: str,
+  split: str,
+  datasets: list[tuple[str, Any]],
+  encoding_errors: str,
 ) -> Iterator[Document]:
   """Yields the documents of each (name, dataset) in turn."""
   empty = True
@@ -116,14 +130,19 @@ def _documents(
       if "source" in example:
         source = example["source"].decode("utf-8", errors="replace")
       try:
-        text = example["text"].decode("utf-8")
+        text = example["text"].decode("utf-8", errors=encoding_errors)
       except UnicodeDecodeError as error:
         raise ValueError(
           f"document {source!r} of seqio task {name!r} is not UTF-8 at byte "
-          f"{error.start}"
+          f"{error.start}; mend it, or replace what is wrong in such texts "
+          "(dptrain prepare --encoding_errors=replace)"
         ) from error
+      unit = None
+      if "unit" in example:
+        # Bytes that are no text still tell units apart.
+        unit = example["unit"].decode("utf-8", errors="surrogateescape")
       empty = False
-      yield Document(source, text)
+      yield Document(source, text, unit)
   if empty:
     raise ValueError(
       f"split {split!r} of seqio task {task!r} holds no document; check the "

@@ -48,7 +48,7 @@ class Preparation(NamedTuple):
 
   plan: plan_lib.PrivacyPlan
   seed: keys_lib.SecretSeed
-  store: store_lib.RecordStore
+  store: store_lib.Store
   evaluator: evaluation_lib.Evaluator | None
   objective: objective_lib.Objective
   step: step_lib.PrivateStep
@@ -244,7 +244,7 @@ def _metrics(
 def _declare_unprotected(
   run: run_lib.TrainingRun,
   ledger: ledger_lib.Ledger,
-  validation: store_lib.RecordStore | None,
+  validation: store_lib.Store | None,
 ) -> None:
   if run.vocabulary.path is None:
     ledger.declare_unprotected(

@@ -24,8 +24,8 @@ class Records(NamedTuple):
       guarantee.
   """
 
-  train: store_lib.RecordStore
-  validation: store_lib.RecordStore | None
+  train: store_lib.Store
+  validation: store_lib.Store | None
   vocabulary_size: int
   vocabulary_fingerprint: str
   unprotected: tuple[str, ...] = ()
@@ -73,7 +73,7 @@ def check_records(run: run_lib.TrainingRun, records: Records) -> None:
         f"the records have length {store.sequence_length}, but"
         f" sequence_length={run.sequence_length}."
       )
-    lowest, largest = int(store.tokens.min()), int(store.tokens.max())
+    lowest, largest = store.token_range()
     if lowest < 0 or largest >= records.vocabulary_size:
       wrong = lowest if lowest < 0 else largest
       raise ValueError(

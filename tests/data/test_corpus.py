@@ -61,7 +61,7 @@ def test_text_files_end_to_end(tmp_path):
 def test_python_docs_through_seqio():
   task = python_docs.register()
   assert task == python_docs.register() == "dptrain_python_docs"
-  read = [tuple(each) for each in read_documents(task, "validation")]
+  read = [each[:2] for each in read_documents(task, "validation")]
   assert read == python_docs.documents("validation")
 
 
