@@ -117,6 +117,12 @@ def prepare_store(
   return prepared.read_manifest(folder)
 
 
+def is_begun(folder: Path) -> bool:
+  """Whether a store is in the folder, finished or not."""
+  marks = (folder / prepared.MANIFEST, folder / shards.UNFINISHED / _SETTINGS)
+  return any(mark.exists() for mark in marks)
+
+
 def _asked(
   splits: Sequence[str],
   vocabulary: Vocabulary,

@@ -87,6 +87,13 @@ def test_a_users_task_needs_only_text():
   ]
 
 
+def test_a_users_task_may_tell_units():
+  texts, units = ["one", "two", "three"], [b"ann", b"bob", b"\xff"]
+  name = add_features_task("with_units", {"text": texts, "unit": units})
+  found = [each.unit for each in read_documents(name, "train")]
+  assert found == ["ann", "bob", "\udcff"]
+
+
 def test_a_mixture_is_the_union_of_its_tasks():
   raw_text.add_task("mixed_a", lambda _: [("a", "a")] * 2)
   raw_text.add_task("mixed_b", lambda _: [("b", "b")] * 5, ["train"])
@@ -112,6 +119,10 @@ def test_errors_name_the_way_out():
     read_documents("list_of_texts", "train")
   with pytest.raises(ValueError, match=r"'latin_1:train:0'.*UTF-8 at byte 3"):
     list(read_documents("latin_1", "train"))
+  (replaced,) = read_documents("latin_1", "train", "replace")
+  assert replaced.text == "caf\ufffd"
+  with pytest.raises(ValueError, match="encoding_errors='ignore' must be"):
+    read_documents("latin_1", "train", "ignore")
   with pytest.raises(ValueError, match="'nothing_here' holds no document"):
     list(read_documents("nothing_here", "train"))
 
