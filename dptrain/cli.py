@@ -1,4 +1,4 @@
-"""The command line: `dptrain train`, `plan`, `report`, `audit`, `vocab`."""
+"""The command line: train, prepare, vocab, plan, report, audit."""
 
 import argparse
 from collections.abc import Sequence
@@ -40,6 +40,33 @@ def _train(arguments: argparse.Namespace) -> int:
   directory = pathlib.Path(run.model_dir).expanduser()
   if processes.is_first():
     print(progress.summary(result, directory, claim=run.fixed_seed is None))
+  return 0
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+  from dptrain import configuration
+  from dptrain.training import preparing
+
+  run = configuration.training_run(
+    arguments.gin_file,
+    # Nothing is written there; the flag is the user's to leave out.
+    ["MODEL_DIR = 'not used'", *arguments.gin_bindings],
+    arguments.gin_search_paths,
+  )
+  manifest = preparing.prepare(
+    run,
+    arguments.output,
+    encoding_errors=arguments.encoding_errors,
+    shard_chars=arguments.shard_chars,
+    processes=arguments.processes,
+  )
+  for name, split in manifest["splits"].items():
+    print(
+      f"{name:<22} {split['records']:,} records of"
+      f" {manifest['sequence_length']} tokens, {split['documents']:,}"
+      f" documents, {split['units']:,} units, {len(split['shards']):,} shards"
+    )
+  print(f"{'prepared corpus':<22} {arguments.output} (as private as its text)")
   return 0
 
 
@@ -172,6 +199,14 @@ def _parser() -> argparse.ArgumentParser:
     "--process_index", type=int, metavar="I", help="which one this is, from 0"
   )
   train.set_defaults(command=_train)
+  prepare = commands.add_parser(
+    "prepare",
+    help="tokenise a run's corpus once, into a folder for TrainingRun.prepared;"
+    " the same command again goes on after a kill",
+  )
+  _add_gin_flags(prepare)
+  _add_prepare_flags(prepare)
+  prepare.set_defaults(command=_prepare)
   plan = commands.add_parser(
     "plan", help="price a run before it is started: epsilon, noise, compute"
   )
@@ -230,6 +265,29 @@ def _add_gin_flags(parser: argparse.ArgumentParser) -> None:
     default=".",
     metavar="DIR[,DIR]",
     help="where gin files are looked for before dptrain's own",
+  )
+
+
+def _add_prepare_flags(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument(
+    "--output", required=True, metavar="DIR", help="where the store goes"
+  )
+  parser.add_argument(
+    "--processes", type=int, metavar="N", help="that tokenise (one per core)"
+  )
+  parser.add_argument(
+    "--shard_chars",
+    type=int,
+    default=16_000_000,
+    metavar="N",
+    help="characters of text in a shard (16,000,000)",
+  )
+  parser.add_argument(
+    "--encoding_errors",
+    default="strict",
+    metavar="HOW",
+    help="of documents that are not UTF-8: strict (default) refuses them,"
+    " replace reads U+FFFD",
   )
 
 

@@ -6,6 +6,7 @@ is needed: a gin file binds `register`'s arguments.
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator, Sequence
 import dataclasses
 import glob
@@ -19,6 +20,7 @@ from dptrain.tasks import raw_text
 _WILDCARD: Final = re.compile(r"[*?\[]")
 _ERROR_HANDLERS: Final = ("strict", "replace", "ignore")
 _BYTE_ORDER_MARK: Final = "\ufeff"
+_READ_BYTES: Final = 2**16
 
 
 def register(
@@ -194,9 +196,6 @@ def _cut(lines: Iterator[str], corpus: _TextFiles) -> Iterator[str]:
     if held and length + len(line) > limit:
       yield "".join(held)
       held, length = [], 0
-    while len(line) > limit:
-      yield line[:limit]
-      line = line[limit:]
     held.append(line)
     length += len(line)
   if held:
@@ -204,17 +203,36 @@ def _cut(lines: Iterator[str], corpus: _TextFiles) -> Iterator[str]:
 
 
 def _lines(corpus: _TextFiles, path: str) -> Iterator[str]:
-  """Decodes a file line by line, so that its size does not matter."""
-  offset = 0
+  """Decodes a file line by line; a long line in parts of `passage_chars`."""
+  limit, strict = corpus.passage_chars, corpus.encoding_errors == "strict"
+  decoder = codecs.getincrementaldecoder("utf-8")(corpus.encoding_errors)
+  offset, held = 0, ""
   with open(path, "rb") as file:
-    for raw in file:
+    while True:
+      raw = file.readline(max(limit, _READ_BYTES))
+      waiting = len(decoder.getstate()[0])
       try:
-        line = raw.decode("utf-8", errors=corpus.encoding_errors)
+        text = decoder.decode(raw, final=not raw)
       except UnicodeDecodeError as error:
         raise ValueError(
-          f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset "
-          f"{offset + error.start}; convert the file, or set "
+          f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at "
+          f"offset {offset - waiting + error.start}; convert the file, or set "
           "encoding_errors='replace' (--gin.ENCODING_ERRORS=replace)"
         ) from error
-      yield line if offset else line.removeprefix(_BYTE_ORDER_MARK)
+      if strict and "\0" in text:
+        raise ValueError(
+          f"{path} is binary: it holds a NUL byte near offset {offset}; leave "
+          "it out, or set encoding_errors='replace' "
+          "(--gin.ENCODING_ERRORS=replace) to take it as text"
+        )
+      held += text if offset else text.removeprefix(_BYTE_ORDER_MARK)
       offset += len(raw)
+      # A text that just fills a part may be followed by more of its line.
+      while len(held) > limit:
+        yield held[:limit]
+        held = held[limit:]
+      if held and (not raw or raw.endswith(b"\n")):
+        yield held
+        held = ""
+      if not raw:
+        return

@@ -11,6 +11,19 @@ import broken_copies
 from broken_copies import Fault
 
 FAULTS = {
+  "blocks of records that draw alike": Fault(
+    "privacy/sampling.py",
+    "counter = np.array([0, 0, 0, block], dtype=np.uint64)",
+    "counter = np.array([0, 0, 0, 0], dtype=np.uint64)",
+    "privacy/test_sampling.py::test_a_large_corpus_by_place_by_block_and_by"
+    "_pairs_at_a_distance",
+  ),
+  "all that exceeds a truncated sample taken from its first block": Fault(
+    "privacy/sampling.py",
+    "leave = draw.choice(total, total - most, replace=False, shuffle=False)",
+    "leave = np.arange(total - most)",
+    "privacy/test_sampling.py::test_a_part_kept_across_blocks_is_uniform",
+  ),
   "the tally of an adapting clip norm without noise": Fault(
     "training/step.py",
     "adapting.tally + spread * unit_tally,",

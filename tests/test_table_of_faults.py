@@ -107,13 +107,11 @@ ROWS = {
   ),
   "shuffled batches priced as Poisson": Row(
     "privacy/sampling.py",
-    "    size = min(size, truncated_batch_size)\n"
-    "  return _uniform_set(draw, num_examples, size)\n",
-    "    size = min(size, truncated_batch_size)\n"
+    "  sizes = None\n",
     "  size = round(num_examples * sampling_prob)\n"
     "  left = poisson_sample.__dict__.setdefault(num_examples, [])\n"
     "  if len(left) < size:\n"
-    "    left[:] = draw.permutation(num_examples)\n"
+    "    left[:] = generator(two_words).permutation(num_examples)\n"
     "  return np.sort(np.array([left.pop() for _ in range(size)]))\n",
     (
       "privacy/test_sampling.py::test_sizes_are_binomial",
@@ -124,7 +122,7 @@ ROWS = {
   "division by the realised batch": Row(
     "training/loop.py",
     "expected_batch_size=float(self.plan.expected_batch_size(step)),",
-    "expected_batch_size=float(max(len(indices), 1)),",
+    "expected_batch_size=float(max(len(self._drawn(step)), 1)),",
     (
       "training/test_release_path.py::test_the_sum_is_divided_by_the_public_size"
       "_in_the_loop",
@@ -132,15 +130,15 @@ ROWS = {
   ),
   "truncated draw unpriced": Row(
     "privacy/sampling.py",
-    "  size = draw.binomial(num_examples, sampling_prob)\n",
-    "  size = draw.binomial(num_examples, sampling_prob)\n"
-    "  size = min(size, round(1.5 * num_examples * sampling_prob))\n",
+    "draw.binomial(_length(num_examples, block), sampling_prob)",
+    "min(draw.binomial(num_examples, sampling_prob),"
+    " round(1.5 * num_examples * sampling_prob))",
     ("privacy/test_sampling.py::test_sizes_are_binomial",),
   ),
   "truncated batch unpriced": Row(
-    "training/loop.py",
-    "    for batch in self._batches(indices):\n",
-    "    for batch in self._batches(indices[:32]):\n",
+    "training/feeding.py",
+    "indices = draw(step)\n",
+    "indices = draw(step)[:32]\n",
     (
       "training/test_release_path.py::test_every_record_that_is_drawn_takes"
       "_part",

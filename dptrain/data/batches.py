@@ -13,10 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dptrain.data.special_tokens import PAD_ID
-from dptrain.data.store import RecordStore
-from dptrain.data.units import UnitStore
-
-Store = RecordStore | UnitStore
+from dptrain.data.store import Store
 
 
 def physical_batches(
@@ -86,7 +83,7 @@ def _deal(
 
 
 def evaluation_batches(
-  store: RecordStore, physical_batch_size: int, limit: int | None = None
+  store: Store, physical_batch_size: int, limit: int | None = None
 ) -> Iterator[dict[str, npt.NDArray[Any]]]:
   """Deals out the store, or an evenly spaced part of it, always the same.
 

@@ -32,7 +32,9 @@ class Document(NamedTuple):
 _OPTIONAL = ("source", "document", "unit")
 
 
-def read_documents(task: str, split: str) -> Iterator[Document]:
+def read_documents(
+  task: str, split: str, encoding_errors: str = "strict"
+) -> Iterator[Document]:
   """Reads the documents of a registered seqio task or mixture.
 
   Any task serves whose examples carry a scalar string feature "text"; scalar
@@ -45,6 +47,8 @@ def read_documents(task: str, split: str) -> Iterator[Document]:
   Args:
     task: the name of the task or mixture.
     split: the name of the split, for instance "train".
+    encoding_errors: "strict" refuses a text that is not UTF-8; "replace" reads
+      what is wrong in it as U+FFFD.
 
   Returns:
     An iterator over the documents.
@@ -54,9 +58,13 @@ def read_documents(task: str, split: str) -> Iterator[Document]:
       if it has no "text" feature; on the first `next` if the split holds no
       document; while reading if a text is not UTF-8.
   """
+  if encoding_errors not in ("strict", "replace"):
+    raise ValueError(
+      f"encoding_errors={encoding_errors!r} must be 'strict' or 'replace'"
+    )
   providers = _providers(task, split)
   datasets = [(name, _dataset(name, each, split)) for name, each in providers]
-  return _documents(task, split, datasets)
+  return _documents(task, split, datasets, encoding_errors)
 
 
 def _providers(task: str, split: str) -> list[tuple[str, Any]]:
@@ -116,24 +124,29 @@ def _dataset(name: str, task: Any, split: str) -> Any:
 
 
 def _documents(
-  task: str, split: str, datasets: list[tuple[str, Any]]
+  task: str,
+  split: str,
+  datasets: list[tuple[str, Any]],
+  encoding_errors: str,
 ) -> Iterator[Document]:
   """Yields the documents of each (name, dataset) in turn."""
   empty = True
   for name, dataset in datasets:
     for position, example in enumerate(dataset.as_numpy_iterator()):
       told = {
-        feature: example[feature].decode("utf-8", errors="replace")
+        # Bytes that are no text still tell units apart.
+        feature: example[feature].decode("utf-8", errors="surrogateescape")
         for feature in _OPTIONAL
         if feature in example
       }
       source = told.get("source") or f"{name}:{split}:{position}"
       try:
-        text = example["text"].decode("utf-8")
+        text = example["text"].decode("utf-8", errors=encoding_errors)
       except UnicodeDecodeError as error:
         raise ValueError(
           f"document {source!r} of seqio task {name!r} is not UTF-8 at byte "
-          f"{error.start}"
+          f"{error.start}; mend it, or replace what is wrong in such texts "
+          "(dptrain prepare --encoding_errors=replace)"
         ) from error
       empty = False
       yield Document(

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 import dataclasses
 import hashlib
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,44 @@ from dptrain.data.vocabulary import Vocabulary
 _SHORTEST_SEQUENCE: Final = 8
 # Enough characters per call to occupy every core, few enough to hold.
 _CHARS_PER_CALL: Final = 4_000_000
+# A longer text is tokenised in parts: its lattice would take many gigabytes.
+_LONGEST_TEXT: Final = 1_000_000
+_SPACE: Final = " \n\t\r"
+EMPTY_CORPUS: Final = (
+  "the corpus is empty: no document in it holds a token; check the task's "
+  "files and the split's name"
+)
+
+
+class Store(Protocol):
+  """Records by number: in memory (`RecordStore`) or on disk."""
+
+  @property
+  def tokens(self) -> npt.NDArray[np.int32]:
+    """All records, int32 [N, T], in memory."""
+
+  @property
+  def num_examples(self) -> int:
+    """N, the number of records."""
+
+  @property
+  def sequence_length(self) -> int:
+    """T, the length of every record."""
+
+  @property
+  def record_shape(self) -> tuple[int, ...]:
+    """Shape of what one index gathers."""
+
+  def gather(
+    self, indices: npt.NDArray[np.integer[Any]]
+  ) -> npt.NDArray[np.int32]:
+    """Copies records out: see `RecordStore.gather`."""
+
+  def token_range(self) -> tuple[int, int]:
+    """The lowest and the largest token of any record."""
+
+  def content_digest(self) -> bytes:
+    """Names the records and their order."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,13 +156,14 @@ class RecordStore:
       )
     return self.tokens[indices]
 
+  def token_range(self) -> tuple[int, int]:
+    """The lowest and the largest token of any record."""
+    return int(self.tokens.min()), int(self.tokens.max())
+
   def content_digest(self) -> bytes:
     """SHA-256 over shape, dtype and bytes: equal for equal stores alone."""
-    head = f"{self.tokens.shape} {self.tokens.dtype.str}".encode()
-    digest = hashlib.sha256(head)
+    digest = begun_digest(*self.tokens.shape)
     digest.update(self.tokens.data)
-    for keys in (self.documents, self.users):
-      digest.update(b"none" if keys is None else keys.tobytes())
     return digest.digest()
 
 
@@ -154,30 +193,18 @@ def build_store(
   Raises:
     ValueError: if the documents give no record, or a setting is out of range.
   """
-  if sequence_length < _SHORTEST_SEQUENCE:
-    raise ValueError(
-      f"sequence_length={sequence_length} must be at least "
-      f"{_SHORTEST_SEQUENCE}, to leave room between [CLS] and [SEP]"
-    )
-  if min_tokens < 1:
-    raise ValueError(
-      f"min_tokens={min_tokens} must be at least 1; 1 keeps every piece"
-    )
+  check_cut(sequence_length, min_tokens)
   blocks: list[npt.NDArray[np.int32]] = []
   keys: list[tuple[Document, int]] = []
   for some in _chunks(documents):
-    encoded = vocabulary.encode([document.text for document in some])
-    for document, ids in zip(some, encoded, strict=True):
-      if ids:
-        blocks.append(
-          _records(np.asarray(ids, np.int32), sequence_length, min_tokens)
-        )
-        keys.append((document._replace(text=""), len(blocks[-1])))
+    texts = [document.text for document in some]
+    cut = cut_records(texts, vocabulary, sequence_length, min_tokens)
+    for document, block in zip(some, cut, strict=True):
+      if len(block):
+        blocks.append(block)
+        keys.append((document._replace(text=""), len(block)))
   if not blocks:
-    raise ValueError(
-      "the corpus is empty: no document in it holds a token; check the task's "
-      "files and the split's name"
-    )
+    raise ValueError(EMPTY_CORPUS)
   return RecordStore(
     np.concatenate(blocks),
     _keys([(each.document or each.source, n) for each, n in keys]),
@@ -187,10 +214,85 @@ def build_store(
   )
 
 
+def begun_digest(num_examples: int, sequence_length: int) -> Any:
+  """A `content_digest` that awaits the records, int32, in order."""
+  shape, dtype = (num_examples, sequence_length), np.dtype(np.int32)
+  return hashlib.sha256(f"{shape} {dtype.str}".encode())
+
+
+def check_cut(sequence_length: int, min_tokens: int) -> None:
+  """Raises ValueError for lengths that no record can have."""
+  if sequence_length < _SHORTEST_SEQUENCE:
+    raise ValueError(
+      f"sequence_length={sequence_length} must be at least "
+      f"{_SHORTEST_SEQUENCE}, to leave room between [CLS] and [SEP]"
+    )
+  if min_tokens < 1:
+    raise ValueError(
+      f"min_tokens={min_tokens} must be at least 1; 1 keeps every piece"
+    )
+
+
+def cut_records(
+  texts: list[str],
+  vocabulary: Vocabulary,
+  sequence_length: int,
+  min_tokens: int,
+  num_threads: int | None = None,
+) -> Iterator[npt.NDArray[np.int32]]:
+  """Cuts documents into records, as `build_store` says.
+
+  A text of more than a million characters is tokenised in parts that end before
+  a space, or after a million characters without one.
+
+  Args:
+    texts: one per document.
+    vocabulary: the vocabulary.
+    sequence_length: T.
+    min_tokens: as in `build_store`.
+    num_threads: of the tokenisation; None for all cores.
+
+  Returns:
+    An iterator over int32 [pieces, T], one array per text; pieces may be 0.
+  """
+  for ids in _encoded(texts, vocabulary, num_threads):
+    yield _records(ids, sequence_length, min_tokens)
+
+
+def _encoded(
+  texts: list[str], vocabulary: Vocabulary, num_threads: int | None
+) -> Iterator[npt.NDArray[np.int32]]:
+  """Yields each text's ids."""
+  if all(len(text) <= _LONGEST_TEXT for text in texts):
+    for ids in vocabulary.encode(texts, num_threads):
+      yield np.asarray(ids, np.int32)
+    return
+  for text in texts:
+    # Part by part: as Python's numbers, ids take ten times as much memory.
+    yield np.concatenate(
+      [
+        np.asarray(vocabulary.encode([part], num_threads)[0], np.int32)
+        for part in _parts(text)
+      ]
+    )
+
+
+def _parts(text: str) -> Iterator[str]:
+  """Cuts a very long text where tokens end anyway, if it can."""
+  begin = 0
+  while len(text) - begin > _LONGEST_TEXT:
+    end = begin + _LONGEST_TEXT
+    space = max(text.rfind(each, begin + 1, end) for each in _SPACE)
+    end = space if space > begin else end
+    yield text[begin:end]
+    begin = end
+  yield text[begin:] if begin else text
+
+
 def _keys(counted: list[tuple[str, int]]) -> npt.NDArray[np.uint64]:
   """64 bits of each key's hash, as often as it has records."""
   hashes = [
-    hashlib.sha256(key.encode("utf-8", errors="replace")).digest()[:8]
+    hashlib.sha256(key.encode("utf-8", errors="surrogateescape")).digest()[:8]
     for key, _ in counted
   ]
   return np.repeat(
@@ -216,14 +318,15 @@ def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
 def _records(
   ids: npt.NDArray[np.int32], sequence_length: int, min_tokens: int
 ) -> npt.NDArray[np.int32]:
-  """Cuts one document's ids [any length > 0] into records [pieces, T]."""
+  """Cuts one document's ids [any length] into records [pieces, T]."""
   room = sequence_length - 2
   whole, rest = divmod(len(ids), room)
-  pieces = whole + (rest > 0 and (rest >= min_tokens or not whole))
-  records = np.full((pieces, sequence_length), PAD_ID, np.int32)
+  tail = rest > 0 and (rest >= min_tokens or not whole)
+  records = np.full((whole + tail, sequence_length), PAD_ID, np.int32)
   records[:, 0] = CLS_ID
-  for row, start in zip(records, range(0, pieces * room, room), strict=True):
-    piece = ids[start : start + room]
-    row[1 : 1 + len(piece)] = piece
-    row[1 + len(piece)] = SEP_ID
+  records[:whole, 1:-1] = ids[: whole * room].reshape(whole, room)
+  records[:whole, -1] = SEP_ID
+  if tail:
+    records[-1, 1 : 1 + rest] = ids[whole * room :]
+    records[-1, 1 + rest] = SEP_ID
   return records

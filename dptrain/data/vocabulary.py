@@ -137,17 +137,27 @@ class Vocabulary:
     """SHA-256 of the model's bytes in hexadecimal."""
     return hashlib.sha256(self._model).hexdigest()
 
-  def encode(self, texts: list[str]) -> list[list[int]]:
+  @property
+  def model(self) -> bytes:
+    """The serialised SentencePiece model."""
+    return self._model
+
+  def encode(
+    self, texts: list[str], num_threads: int | None = None
+  ) -> list[list[int]]:
     """Splits texts into token ids, on all cores at once.
 
     Args:
       texts: the texts; a line's end counts as a space.
+      num_threads: the most threads to use; None for as many as there are cores.
 
     Returns:
       One list of ids per text, without [CLS] and [SEP]. Of the special tokens
       only [UNK] can occur, whatever the text spells.
     """
-    ids: list[list[int]] = self._processor.encode(texts, out_type=int)
+    ids: list[list[int]] = self._processor.encode(
+      texts, out_type=int, num_threads=num_threads or -1
+    )
     return ids
 
   def decode(self, ids: Sequence[int]) -> str:

@@ -62,7 +62,7 @@ class Evaluator:
   def __init__(
     self,
     objective: objective_lib.Objective,
-    store: store_lib.RecordStore,
+    store: store_lib.Store,
     settings: EvaluationSettings,
     layout: mesh_lib.Layout | None = None,
   ):

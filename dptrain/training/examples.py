@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from dptrain.data import batches
 from dptrain.data import store as store_lib
 from dptrain.data import units
 from dptrain.privacy import keys as keys_lib
@@ -11,10 +10,10 @@ from dptrain.training import run as run_lib
 
 def of_run(
   run: run_lib.TrainingRun,
-  records: store_lib.RecordStore,
-  validation: store_lib.RecordStore | None,
+  records: store_lib.Store,
+  validation: store_lib.Store | None,
   seed: keys_lib.SecretSeed,
-) -> batches.Store:
+) -> store_lib.Store:
   """The examples of a run, with the contribution of each unit bounded.
 
   Formal guarantee: unit: that of `PrivacySettings.unit`. An example is a
@@ -37,6 +36,11 @@ def of_run(
   privacy = run.privacy
   if privacy.unit == "record":
     return records
+  if not isinstance(records, store_lib.RecordStore):
+    raise ValueError(
+      f"PrivacySettings.unit={privacy.unit!r} needs the corpus in memory so far:"
+      " leave TrainingRun.prepared out, or use unit='record'."
+    )
   own = _keys(records, privacy.unit, run.train_split)
   if validation is not None:
     others = _keys(validation, privacy.unit, str(run.validation_split))
@@ -55,8 +59,10 @@ def of_run(
   return units.by_unit(records, own, privacy.records_per_unit, choice)
 
 
-def _keys(records: store_lib.RecordStore, unit: str, split: str) -> units.Keys:
-  keys = records.users if unit == "user" else records.documents
+def _keys(store: store_lib.Store, unit: str, split: str) -> units.Keys:
+  keys = None
+  if isinstance(store, store_lib.RecordStore):
+    keys = store.users if unit == "user" else store.documents
   if keys is None:
     missing = "unit" if unit == "user" else "document"
     raise ValueError(

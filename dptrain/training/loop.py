@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from dptrain.clipping import private_metrics
-from dptrain.data import batches
 from dptrain.privacy import accounting
 from dptrain.privacy import budget
 from dptrain.privacy import draws
@@ -20,6 +19,7 @@ from dptrain.privacy import plan as plan_lib
 from dptrain.reports import report as report_lib
 from dptrain.training import checkpoints as checkpoints_lib
 from dptrain.training import evaluation as evaluation_lib
+from dptrain.training import feeding
 from dptrain.training import lineage as lineage_lib
 from dptrain.training import mesh as mesh_lib
 from dptrain.training import preparation as preparation_lib
@@ -128,8 +128,6 @@ class _Loop:
     )
     self.noise_history: Any = None
     self.batches_built = itertools.count()
-    self.draws: dict[int, np.ndarray] = {}
-    self.limit = 0
     self.epsilon = _EpsilonMeter(self.plan.delta, self.plan.relation)
     self.evaluation: evaluation_lib.Evaluation | None = None
     self.released = private_curves.PrivateCurves(
@@ -150,7 +148,6 @@ class _Loop:
           self.plan, self.ledger, self.branch.name, step
         )
       )
-      self.limit = limit
       progress = progress_lib.Progress(
         self.directory if self.run.tensorboard else None,
         self.plan.num_steps,
@@ -166,6 +163,8 @@ class _Loop:
         self._say_layout(self.prepared.layout)
       chosen = self.prepared.clipping
       progress_lib.say(f"clipping: {chosen.method} ({chosen.reason})")
+      self.feed = self._feed(range(step, limit))
+      stack.callback(self.feed.close)
       if step >= limit:
         progress_lib.say(f"all {step} updates are made: nothing left to do")
       try:
@@ -237,15 +236,12 @@ class _Loop:
   def _update(self, step: int, state: Any) -> tuple[int, Any, Any]:
     """One update: the only road from private examples to parameters."""
     release = self.plan.release(step)
-    indices = self._drawn(step)
     params = self.gathered(state["params"])
     accumulator = self.zeros(params, state["opt_state"])
     examples_key = self._key("examples", step)
-    # Nothing here waits for a device: the next batch is built meanwhile.
-    for batch in self._batches(indices):
+    # Nothing here waits for a device: the next batches are built meanwhile.
+    for batch in self._batches(step):
       accumulator = self.accumulate(params, accumulator, batch, examples_key)
-    if step + 1 < self.limit:
-      self._drawn(step + 1)
     self._stop_if_asked()
     # On every process the update is dispatched after this returned, and this
     # returns after the line is on disk: whoever is killed when, no parameters
@@ -266,26 +262,26 @@ class _Loop:
     return step + 1, {"params": params, "opt_state": opt_state}, statistics
 
   def _drawn(self, step: int) -> np.ndarray:
-    """The records of update `step`; asked early, while the devices compute."""
-    if step not in self.draws:
-      with _on_host():
-        indices = draws.draw(
-          self.plan,
-          self._key,
-          self.prepared.store.num_examples,
-          step,
-          self.branch.fork_step,
-        )
-      self.draws = {step: indices}
-    return self.draws[step]
+    """The records of update `step`."""
+    with _on_host():
+      return draws.draw(
+        self.plan,
+        self._key,
+        self.prepared.store.num_examples,
+        step,
+        self.branch.fork_step,
+      )
 
-  def _batches(self, indices: np.ndarray) -> Iterator[Any]:
-    """Physical batches on their devices; this process builds its own rows."""
+  def _feed(self, steps: range) -> feeding.Feed:
+    """Batches of these updates; this process builds its own rows."""
     size, layout = self.run.physical_batch_size, self.prepared.layout
     rows = layout.own_rows(size) if layout else None
-    for batch in batches.physical_batches(
-      self.prepared.store, indices, size, rows
-    ):
+    return feeding.Feed(self._drawn, self.prepared.store, size, rows, steps)
+
+  def _batches(self, step: int) -> Iterator[Any]:
+    """Physical batches of an update, on their devices."""
+    size, layout = self.run.physical_batch_size, self.prepared.layout
+    for batch in self.feed.update(step):
       self._stop_if_asked()
       yield layout.place(batch, size) if layout else batch
 

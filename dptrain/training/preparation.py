@@ -49,7 +49,7 @@ class Preparation(NamedTuple):
 
   plan: plan_lib.PrivacyPlan
   seed: keys_lib.SecretSeed
-  store: batches.Store
+  store: store_lib.Store
   evaluator: evaluation_lib.Evaluator | None
   objective: objective_lib.Objective
   step: step_lib.PrivateStep

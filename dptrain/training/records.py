@@ -1,10 +1,11 @@
-"""The records that a run trains on: read from its task, or given."""
+"""The records that a run trains on: read from its task, prepared, or given."""
 
 import pathlib
 import shutil
 from typing import NamedTuple
 
 from dptrain.data import corpus
+from dptrain.data import prepared as prepared_lib
 from dptrain.data import private_vocabulary
 from dptrain.data import store as store_lib
 from dptrain.data import vocabulary as vocabulary_lib
@@ -29,8 +30,8 @@ class Records(NamedTuple):
       unknown or nothing.
   """
 
-  train: store_lib.RecordStore
-  validation: store_lib.RecordStore | None
+  train: store_lib.Store
+  validation: store_lib.Store | None
   vocabulary_size: int
   vocabulary_fingerprint: str
   unprotected: tuple[str, ...] = ()
@@ -55,6 +56,9 @@ def read_records(
 ) -> Records:
   """Reads the run's task, after training a vocabulary on it if need be.
 
+  With `TrainingRun.prepared` it reads what was prepared instead, and compares
+  all of it with its digests.
+
   Args:
     run: the user's settings.
     directory: MODEL_DIR, which exists.
@@ -66,6 +70,8 @@ def read_records(
   Raises:
     ValueError: bad input; names the setting, its value and the way out.
   """
+  if run.prepared is not None:
+    return _prepared_records(run, run.prepared, directory, started)
   if run.vocabulary.path is None:
     # Told before minutes go into the vocabulary.
     run.model.check(run.sequence_length, run.vocabulary.size)
@@ -95,7 +101,7 @@ def check_records(run: run_lib.TrainingRun, records: Records) -> None:
         f"the records have length {store.sequence_length}, but"
         f" sequence_length={run.sequence_length}."
       )
-    lowest, largest = int(store.tokens.min()), int(store.tokens.max())
+    lowest, largest = store.token_range()
     if lowest < 0 or largest >= records.vocabulary_size:
       wrong = lowest if lowest < 0 else largest
       raise ValueError(
@@ -104,36 +110,114 @@ def check_records(run: run_lib.TrainingRun, records: Records) -> None:
       )
 
 
+def _prepared_records(
+  run: run_lib.TrainingRun, name: str, directory: pathlib.Path, started: bool
+) -> Records:
+  folder = pathlib.Path(name).expanduser()
+  manifest = prepared_lib.read_manifest(folder)
+  if manifest["sequence_length"] != run.sequence_length:
+    raise ValueError(
+      f"TrainingRun.prepared={name!r} holds records of"
+      f" {manifest['sequence_length']} tokens, but"
+      f" sequence_length={run.sequence_length}: set that length, or prepare"
+      " again in another folder."
+    )
+  vocabulary = vocabulary_lib.load_vocabulary(folder / VOCABULARY_FILE)
+  if vocabulary.fingerprint != manifest["vocabulary_sha256"]:
+    raise ValueError(
+      f"{folder / VOCABULARY_FILE} is not the vocabulary that the records of"
+      f" {folder} are written in: restore that file, or prepare again."
+    )
+  # A given vocabulary may have had a price, which only its own path tells.
+  if manifest["vocabulary_given"] and run.vocabulary.path is None:
+    raise ValueError(
+      f"TrainingRun.prepared={name!r} was prepared with a given vocabulary: set"
+      " VocabularySettings.path to it here, too."
+    )
+  if run.vocabulary.path is None:
+    _check_size(run, vocabulary, f"TrainingRun.prepared={name!r} was prepared")
+  else:
+    given = vocabulary_lib.load_vocabulary(run.vocabulary.path)
+    if given.fingerprint != vocabulary.fingerprint:
+      raise ValueError(
+        f"TrainingRun.prepared={name!r} was prepared with another vocabulary"
+        f" than VocabularySettings.path={run.vocabulary.path!r}: give that one,"
+        " or prepare again in another folder."
+      )
+  setting = f"TrainingRun.prepared={name!r}"
+  _keep(vocabulary, directory, started, setting, release_of=run.vocabulary.path)
+  run.model.check(run.sequence_length, vocabulary.size)
+  stores = {
+    split: prepared_lib.PreparedStore(folder, split)
+    for split in (run.train_split, run.validation_split)
+    if split is not None
+  }
+  for store in stores.values():
+    store.check()
+  return Records(
+    train=stores[run.train_split],
+    validation=stores[run.validation_split] if run.validation_split else None,
+    vocabulary_size=vocabulary.size,
+    vocabulary_fingerprint=vocabulary.fingerprint,
+    vocabulary_release=private_vocabulary.read_release(
+      directory / VOCABULARY_FILE
+    ),
+  )
+
+
+def _keep(
+  vocabulary: vocabulary_lib.Vocabulary,
+  directory: pathlib.Path,
+  started: bool,
+  setting: str,
+  release_of: str | None,
+) -> None:
+  """Copies the vocabulary to MODEL_DIR, or checks that it is there.
+
+  With it goes what learning the vocabulary `release_of` has released.
+  """
+  kept = directory / VOCABULARY_FILE
+  # A start that was refused may have left one made under other settings.
+  if not (started and kept.exists()):
+    vocabulary.save(kept)
+    _copy_release(release_of, kept)
+  elif vocabulary_lib.load_vocabulary(kept).fingerprint != (
+    vocabulary.fingerprint
+  ):
+    raise ValueError(
+      f"{setting} is not the vocabulary that {directory} was started with"
+      f" ({kept}): use that one, or start in a new MODEL_DIR."
+    )
+
+
+def _check_size(
+  run: run_lib.TrainingRun,
+  vocabulary: vocabulary_lib.Vocabulary,
+  started: str,
+) -> None:
+  if vocabulary.size != run.vocabulary.size:
+    raise ValueError(
+      f"VocabularySettings.size={run.vocabulary.size}, but {started} with a"
+      f" vocabulary of {vocabulary.size} tokens: restore that size, or start in"
+      " a new folder."
+    )
+
+
 def _vocabulary(
   run: run_lib.TrainingRun, directory: pathlib.Path, started: bool
 ) -> vocabulary_lib.Vocabulary:
   """The run's vocabulary: MODEL_DIR's own, a given one, or a new one."""
   kept = directory / VOCABULARY_FILE
-  # A start that was refused may have left one made under other settings.
-  keep = started and kept.exists()
   given = run.vocabulary.path
   if given is not None:
     vocabulary = vocabulary_lib.load_vocabulary(given)
-    if not keep:
-      shutil.copyfile(given, kept)
-      _copy_release(given, kept)
-    elif (
-      vocabulary_lib.load_vocabulary(kept).fingerprint != vocabulary.fingerprint
-    ):
-      raise ValueError(
-        f"VocabularySettings.path={given!r} is not the vocabulary that"
-        f" {directory} was started with ({kept}): use that one, or start in a"
-        " new MODEL_DIR."
-      )
+    setting = f"VocabularySettings.path={given!r}"
+    _keep(vocabulary, directory, started, setting, release_of=given)
     return vocabulary
-  if keep:
+  # A start that was refused may have left one made under other settings.
+  if started and kept.exists():
     vocabulary = vocabulary_lib.load_vocabulary(kept)
-    if vocabulary.size != run.vocabulary.size:
-      raise ValueError(
-        f"VocabularySettings.size={run.vocabulary.size}, but {directory} was"
-        f" started with a vocabulary of {vocabulary.size} tokens: restore that"
-        " size, or start in a new MODEL_DIR."
-      )
+    _check_size(run, vocabulary, f"{directory} was started")
     return vocabulary
   documents = corpus.read_documents(run.task, run.train_split)
   private_vocabulary.release_path(kept).unlink(missing_ok=True)
@@ -142,11 +226,11 @@ def _vocabulary(
   )
 
 
-def _copy_release(given: str, kept: pathlib.Path) -> None:
+def _copy_release(given: str | None, kept: pathlib.Path) -> None:
   """Keeps what was released with a vocabulary beside MODEL_DIR's copy."""
-  told = private_vocabulary.release_path(given)
+  told = private_vocabulary.release_path(given) if given else None
   beside = private_vocabulary.release_path(kept)
-  if told.exists():
+  if told is not None and told.exists():
     shutil.copyfile(told, beside)
   else:
     beside.unlink(missing_ok=True)

@@ -39,6 +39,8 @@ class TrainingRun:
     masking: what is masked.
     checkpoints: when to save.
     evaluation: when to evaluate on the validation split.
+    prepared: folder that `dptrain prepare` has written: train on its records,
+      and never read the task. None: read and tokenise the task at each start.
     train_split: name of the task's split to train on.
     validation_split: name of the split to evaluate on; None for none.
     log_period: updates between figures of progress and TensorBoard points.
@@ -73,6 +75,7 @@ class TrainingRun:
   mesh: mesh_lib.MeshSettings = dataclasses.field(
     default_factory=mesh_lib.MeshSettings
   )
+  prepared: str | None = None
   train_split: str = "train"
   validation_split: str | None = "validation"
   log_period: int = 10

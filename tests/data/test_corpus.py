@@ -61,7 +61,7 @@ def test_text_files_end_to_end(tmp_path):
 def test_python_docs_through_seqio():
   task = python_docs.register()
   assert task == python_docs.register() == "dptrain_python_docs"
-  read = [tuple(each[:2]) for each in read_documents(task, "validation")]
+  read = [each[:2] for each in read_documents(task, "validation")]
   assert read == python_docs.documents("validation")
 
 
@@ -85,6 +85,13 @@ def test_a_users_task_needs_only_text():
     Document("only_text:train:0", "one"),
     Document("only_text:train:1", "two"),
   ]
+
+
+def test_a_users_task_may_tell_units():
+  texts, units = ["one", "two", "three"], [b"ann", b"bob", b"\xff"]
+  name = add_features_task("with_units", {"text": texts, "unit": units})
+  found = [each.unit for each in read_documents(name, "train")]
+  assert found == ["ann", "bob", "\udcff"]
 
 
 def test_a_mixture_is_the_union_of_its_tasks():
@@ -112,6 +119,10 @@ def test_errors_name_the_way_out():
     read_documents("list_of_texts", "train")
   with pytest.raises(ValueError, match=r"'latin_1:train:0'.*UTF-8 at byte 3"):
     list(read_documents("latin_1", "train"))
+  (replaced,) = read_documents("latin_1", "train", "replace")
+  assert replaced.text == "caf\ufffd"
+  with pytest.raises(ValueError, match="encoding_errors='ignore' must be"):
+    read_documents("latin_1", "train", "ignore")
   with pytest.raises(ValueError, match="'nothing_here' holds no document"):
     list(read_documents("nothing_here", "train"))
 

@@ -16,7 +16,7 @@ from dptrain.data.store import build_store
 class Spelling:
   """Stands in for a vocabulary: a text is its ids, written out."""
 
-  def encode(self, texts: list[str]) -> list[list[int]]:
+  def encode(self, texts: list[str], _=None) -> list[list[int]]:
     return [[int(word) for word in text.split()] for text in texts]
 
 

@@ -2,6 +2,8 @@
 
 import os
 import re
+import tempfile
+import tracemalloc
 from unittest import mock
 
 from hypothesis import given
@@ -128,6 +130,79 @@ def test_bytes_that_are_not_utf8(tmp_path):
     register(files)
   _, found = register(files, encoding_errors="replace", validation_fraction=0)
   assert found["train"][0] == ("bad.txt:0", "fine é\nb\ufffdd\n")
+
+
+def naive_passages(text, limit):
+  """Whole lines, each cut at multiples of the limit; then gathered."""
+  held = ""
+  for line in text.splitlines(keepends=True):
+    if held and len(held) + len(line) > limit:
+      yield held
+      held = ""
+    while len(line) > limit:
+      yield line[:limit]
+      line = line[limit:]
+    held += line
+  if held:
+    yield held
+
+
+@given(
+  lines=st.lists(
+    st.text("aé\U0001f600", min_size=0, max_size=40), min_size=1, max_size=8
+  ),
+  limit=st.integers(1, 30),
+  block=st.integers(1, 12),
+  ends=st.booleans(),
+)
+@settings(deadline=None, max_examples=150)
+def test_long_lines_are_read_in_parts(lines, limit, block, ends):
+  text = "\n".join(lines) + "\n" * ends
+  with (
+    tempfile.TemporaryDirectory() as folder,
+    pytest.MonkeyPatch.context() as patch,
+  ):
+    patch.setattr(text_files, "_READ_BYTES", block)
+    path = os.path.join(folder, "a.txt")
+    with open(path, "w", encoding="utf-8", newline="") as file:
+      file.write(text)
+    corpus = text_files._TextFiles((path,), 0.0, limit, "strict")
+    found = list(text_files._cut(text_files._lines(corpus, path), corpus))
+  assert found == list(naive_passages(text, limit))
+
+
+def test_a_line_of_many_megabytes_takes_little_memory(tmp_path):
+  path = tmp_path / "a.txt"
+  with path.open("wb") as file:
+    for _ in range(100):
+      file.write("é word ".encode() * 131_072)
+  tracemalloc.start()
+  try:
+    corpus = text_files._TextFiles((str(path),), 0.0, 20_000, "strict")
+    found = text_files._passages(corpus, ((str(path), "a.txt"),))
+    total = sum(len(text) for _, _, text in found)
+    peak = tracemalloc.get_traced_memory()[1]
+  finally:
+    tracemalloc.stop()
+  assert total == 100 * 131_072 * 7
+  assert peak < 4e6
+
+
+def test_where_a_long_line_is_not_utf8_and_what_is_binary(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(text_files, "_READ_BYTES", 16)
+  bad = b"x" * 99 + "é".encode() + b"\xe9 and more"
+  write(tmp_path, {"long.txt": bad, "zero.bin": b"text\0\0more text\n"})
+  options = {"passage_chars": 10, "validation_fraction": 0}
+  with pytest.raises(ValueError, match=r"long\.txt .* 0xe9 at offset 101"):
+    register(str(tmp_path / "long.txt"), **options)
+  with pytest.raises(ValueError, match=r"zero\.bin is binary: .* NUL byte"):
+    register(str(tmp_path / "zero.bin"), **options)
+  _, found = register(
+    str(tmp_path / "zero.bin"), encoding_errors="replace", **options
+  )
+  assert "".join(t for _, t in found["train"]) == "text\0\0more text\n"
 
 
 def test_byte_order_mark_is_dropped(tmp_path):

@@ -1,4 +1,5 @@
 import itertools
+import tracemalloc
 
 from hypothesis import given
 from hypothesis import settings
@@ -9,6 +10,8 @@ import pytest
 from scipy import stats
 
 from dptrain.privacy import keys
+from dptrain.privacy import sampling
+from dptrain.privacy.sampling import fixed_size_sample
 from dptrain.privacy.sampling import poisson_sample
 
 SEED = keys.fixed_seed(0)
@@ -29,9 +32,11 @@ def memberships(num_examples, sampling_prob, draws, branch):
   return table
 
 
-@pytest.fixture(scope="module")
-def table():
-  return memberships(12, 0.3, 4000, "many")
+@pytest.fixture(scope="module", params=[sampling.BLOCK, 5])
+def table(request):
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sampling, "BLOCK", request.param)
+    return memberships(12, 0.3, 4000, f"many{request.param}")
 
 
 @given(
@@ -107,9 +112,13 @@ def test_samples_of_successive_updates_are_independent(table):
   assert np.abs(overlap - both).max() < Z * spread
 
 
-def test_every_subset_has_the_probability_of_independent_coins():
+@pytest.mark.parametrize("block", [sampling.BLOCK, 3])
+def test_every_subset_has_the_probability_of_independent_coins(
+  block, monkeypatch
+):
+  monkeypatch.setattr(sampling, "BLOCK", block)
   # The whole law at once: 16 subsets of 4 examples.
-  members = memberships(4, 0.4, 3000, "subsets")
+  members = memberships(4, 0.4, 3000, f"subsets{block}")
   observed = np.bincount(members @ [1, 2, 4, 8], minlength=16)
   sizes = np.asarray([int(s).bit_count() for s in range(16)])
   expected = 0.4**sizes * 0.6 ** (4 - sizes) * 3000
@@ -143,3 +152,130 @@ def test_refuses_what_is_no_probability(sampling_prob):
 def test_refuses_an_empty_corpus():
   with pytest.raises(ValueError, match="num_examples=0 must be >= 1"):
     poisson_sample(key(0), 0, 0.5)
+
+
+def test_a_million_inclusions_and_their_pairs_are_those_of_coins(monkeypatch):
+  """Chi-square of single examples, of pairs in a block and across blocks."""
+  monkeypatch.setattr(sampling, "BLOCK", 70)
+  num_examples, prob, draws = 300, 0.5, 7000
+  found = memberships(num_examples, prob, draws, "million")
+  assert found.sum() >= 1e6
+  variance = prob * (1 - prob)
+  centred = (found - prob).astype(np.float32)
+  squares = (centred.T @ centred).astype(np.float64) ** 2 / draws / variance**2
+  blocks = np.arange(num_examples) // 70
+  same = blocks[:, None] == blocks
+  above = np.triu(np.ones_like(same), 1)
+  for pairs in (above & same, above & ~same):
+    statistic = squares[pairs].sum()
+    assert P < stats.chi2(pairs.sum()).cdf(statistic) < 1 - P
+  singles = (found.sum(axis=0) - draws * prob) ** 2 / draws / variance
+  assert P < stats.chi2(num_examples).cdf(singles.sum()) < 1 - P
+
+
+def test_a_large_corpus_by_place_by_block_and_by_pairs_at_a_distance():
+  num_examples, prob = 346_000_000, 0.006
+  sample = poisson_sample(key(0, "huge"), num_examples, prob)
+  assert len(sample) >= 1e6
+  assert (np.diff(sample) > 0).all()
+  whole = sample[sample < num_examples // sampling.BLOCK * sampling.BLOCK]
+  for bins in (whole // sampling.BLOCK, whole % sampling.BLOCK // 256):
+    observed = np.bincount(bins)
+    spread = observed.mean() * (1 - prob)
+    statistic = ((observed - observed.mean()) ** 2).sum() / spread
+    assert P < stats.chi2(len(observed) - 1).cdf(statistic) < 1 - P
+  # How many pairs at each distance: blocks that draw alike show at BLOCK.
+  distances = np.array([*range(1, 20)] + [sampling.BLOCK * i for i in (1, 2)])
+  pairs = np.array(
+    [np.isin(sample + d, sample, assume_unique=True).sum() for d in distances]
+  )
+  expected = (num_examples - distances) * prob**2
+  statistic = ((pairs - expected) ** 2 / expected).sum()
+  assert P < stats.chi2(len(distances)).cdf(statistic) < 1 - P
+
+
+def by(kind, step, num_examples, size, **part):
+  if kind == "fixed":
+    return fixed_size_sample(key(step, kind), num_examples, size, **part)
+  cap = size if kind == "truncated" else None
+  prob = size / num_examples
+  return poisson_sample(key(step, kind), num_examples, prob, cap, **part)
+
+
+KINDS = ("poisson", "truncated", "fixed")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hosts_draw_their_shares_of_one_sample(kind):
+  num_examples, size = 346_000_000, 100_000
+  whole = by(kind, 1, num_examples, size)
+  for hosts in (1, 2, 4, 7):
+    edges = [num_examples * host // hosts for host in range(hosts + 1)]
+    shares = [
+      by(kind, 1, num_examples, size, first=first, last=last)
+      for first, last in itertools.pairwise(edges)
+    ]
+    np.testing.assert_array_equal(np.concatenate(shares), whole)
+
+
+@given(data=st.data(), kind=st.sampled_from(KINDS))
+@settings(deadline=None, max_examples=60)
+def test_any_part_is_what_the_whole_holds_there(data, kind):
+  num_examples = data.draw(st.integers(1, 60))
+  size = data.draw(st.integers(0, num_examples))
+  first = data.draw(st.integers(0, num_examples))
+  last = data.draw(st.integers(first, num_examples))
+  step = data.draw(st.integers(0, 1000))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sampling, "BLOCK", data.draw(st.integers(1, 70)))
+    whole = by(kind, step, num_examples, size)
+    part = by(kind, step, num_examples, size, first=first, last=last)
+  if kind == "fixed":
+    assert len(whole) == size
+  if kind == "truncated":
+    assert len(whole) <= size
+  assert (np.diff(whole) > 0).all()
+  inside = whole[(whole >= first) & (whole < last)]
+  np.testing.assert_array_equal(part, inside)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "fixed"])
+def test_a_part_kept_across_blocks_is_uniform(kind, monkeypatch):
+  """Every subset of 6 over blocks of 4 and 2, as often as it should be."""
+  monkeypatch.setattr(sampling, "BLOCK", 4)
+  draws = 4000
+  found = np.zeros((draws, 6), bool)
+  for step in range(draws):
+    found[step, by(kind, step, 6, 3)] = True
+  observed = np.bincount(found @ (1 << np.arange(6)), minlength=64)
+  sizes = np.asarray([int(s).bit_count() for s in range(64)])
+  law = stats.binom(6, 0.5)
+  chances = {"fixed": [0, 0, 0, 1], "truncated": [*law.pmf([0, 1, 2]), 0]}[kind]
+  chances[3] = 1 - sum(chances[:3])
+  number = np.bincount(sizes)
+  expected = np.array(
+    [draws * chances[s] / number[s] if s <= 3 else 0 for s in sizes]
+  )
+  assert not observed[expected == 0].any()
+  taken = expected > 0
+  assert stats.chisquare(observed[taken], expected[taken]).pvalue > P
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_follows_the_draw_and_not_the_corpus(kind):
+  by(kind, 0, 1000, 10)
+  for size in (100, 1_000_000):
+    tracemalloc.start()
+    try:
+      by(kind, 2, 10**9, size)
+      peak = tracemalloc.get_traced_memory()[1]
+    finally:
+      tracemalloc.stop()
+    assert peak < 2**20 + 64 * size
+
+
+@pytest.mark.parametrize("part", [(-1, 5), (0, 11), (6, 5)])
+def test_refuses_what_is_no_part(part):
+  first, last = part
+  with pytest.raises(ValueError, match=r"must be a part of 0\.\.10"):
+    poisson_sample(key(0), 10, 0.5, first=first, last=last)
