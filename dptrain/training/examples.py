@@ -38,8 +38,8 @@ def of_run(
     return records
   if not isinstance(records, store_lib.RecordStore):
     raise ValueError(
-      f"PrivacySettings.unit={privacy.unit!r} needs the corpus in memory so far:"
-      " leave TrainingRun.prepared out, or use unit='record'."
+      f"PrivacySettings.unit={privacy.unit!r} needs the corpus in memory so"
+      " far: leave TrainingRun.prepared out, or use unit='record'."
     )
   own = _keys(records, privacy.unit, run.train_split)
   if validation is not None:
