@@ -46,7 +46,7 @@ class TradeOff:
   Attributes:
     epsilons: rising.
     deltas: the smallest delta that PLD gives for each.
-    type_1: false alarms of whoever tests for one record's presence.
+    type_1: false alarms of whoever tells two neighbouring corpora apart.
     type_2: misses that they must then accept at least (f-DP, arXiv
       1905.02383).
   """

@@ -34,6 +34,8 @@ pre { font-size: .85em; background: #f3f3f3; padding: .6em .8em;
   .beside table { line-height: 1.2; }
   .beside th, .beside td { padding: .05em .3em; }
   figure { margin: .6em 0; } ul { margin: .5em 0; }
+  .plots { grid-template-columns: 1fr 1fr 1fr; gap: 0 1em; }
+  figcaption { font-size: .8em; line-height: 1.25; }
   tr, pre, .claim { break-inside: avoid; } }
 @page { margin: 16mm; }
 """

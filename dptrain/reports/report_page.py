@@ -89,17 +89,20 @@ def _figures(
     failure_prob=others_lib.failure_prob(ledger.others),
   )
 
+  by_rounds = made.num_rounds != made.num_releases
+  unit_of_time = "rounds" if by_rounds else "updates"
+
   def spent(axes: Any) -> None:
     axes.plot(growth.updates, growth.by_pld, label="PLD")
     if growth.by_rdp:
       axes.plot(growth.updates, growth.by_rdp, "--", label="RDP")
-    axes.set(xlabel="updates", ylabel="epsilon", ylim=0)
+    axes.set(xlabel=unit_of_time, ylabel="epsilon", ylim=0)
     axes.legend(frameon=False)
 
   def unamplified(axes: Any) -> None:
     axes.plot(growth.updates, growth.by_pld, label="with sampling")
     axes.plot(growth.updates, growth.unamplified, ":", label="without")
-    axes.set(xlabel="updates", ylabel="epsilon", yscale="log")
+    axes.set(xlabel=unit_of_time, ylabel="epsilon", yscale="log")
     axes.legend(frameon=False)
 
   def schedule(axes: Any) -> None:
@@ -124,7 +127,7 @@ def _figures(
 
   drawn = (
     (spent, f"Epsilon at delta {made.delta:g}, as it was spent."),
-    (unamplified, "The same, and as if every update had read every record."),
+    (unamplified, "The same, and as if each of them had read every record."),
     (schedule, "Records that an update expects."),
     (deltas, "Every delta has its epsilon; the dot is the one quoted."),
     (
@@ -134,7 +137,7 @@ def _figures(
     ),
   )
   shown = list(drawn)
-  if made.num_rounds != made.num_releases:
+  if by_rounds:
     # What is priced are rounds, of several updates each.
     shown = [pair for pair in drawn if pair[0] is not schedule]
   return ["<h2>Behind the number</h2>", page.plots(shown)]
@@ -200,6 +203,13 @@ def _groups(
 
 def _released(made: report_lib.PrivacyReport) -> str:
   size = made.plan["num_examples"]
+  by_rounds = made.num_rounds != made.num_releases
+  names = [
+    "rounds" if by_rounds else "updates",
+    "sampling probability",
+    "expected batch",
+    "noise",
+  ]
   rows = [
     [
       f"{row['count']:,}",
@@ -209,11 +219,13 @@ def _released(made: report_lib.PrivacyReport) -> str:
     ]
     for row in made.schedule
   ]
-  names = ["updates", "sampling probability", "expected batch", "noise"]
+  if by_rounds:  # of updates, whose batches they do not tell
+    del names[2]
+    rows = [[row[0], row[1], row[3]] for row in rows]
   branches = ""
   if len(made.branches) > 1:
     branches = f"<p>{len(made.branches)} branches, all priced.</p>"
-  return page.columns(names, rows, numeric={0, 1, 2, 3}) + branches
+  return page.columns(names, rows, numeric=set(range(len(names)))) + branches
 
 
 def _checking(made: report_lib.PrivacyReport) -> str:
