@@ -1,4 +1,4 @@
-"""The command line: `dptrain train`, `prepare`, `plan`, `report`, `audit`."""
+"""The command line: `dptrain train`, `prepare`, `plan`, `report`, and so on."""
 
 import argparse
 from collections.abc import Sequence
@@ -63,11 +63,15 @@ def _prepare(arguments: argparse.Namespace) -> int:
   for name, split in manifest["splits"].items():
     print(
       f"{name:<22} {split['records']:,} records of"
-      f" {manifest['sequence_length']} tokens, {split['documents']:,}"
-      f" documents, {split['units']:,} units, {len(split['shards']):,} shards"
+      f" {manifest['sequence_length']} tokens, {_listed(split['units'])},"
+      f" {len(split['shards']):,} shards"
     )
   print(f"{'prepared corpus':<22} {arguments.output} (as private as its text)")
   return 0
+
+
+def _listed(units: dict[str, int]) -> str:
+  return ", ".join(f"{number:,} {kind}" for kind, number in units.items())
 
 
 def _join_processes(arguments: argparse.Namespace) -> None:
@@ -167,6 +171,13 @@ def _audit(arguments: argparse.Namespace) -> int:
   return 0 if verdict.passed else 1
 
 
+def _vocab(arguments: argparse.Namespace) -> int:
+  from dptrain import vocabularies
+
+  print(vocabularies.learn(arguments), end="")
+  return 0
+
+
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="dptrain",
@@ -229,6 +240,12 @@ def _parser() -> argparse.ArgumentParser:
   _add_gin_flags(audit)
   _add_audit_flags(audit)
   audit.set_defaults(command=_audit)
+  vocab = commands.add_parser(
+    "vocab", help="learn a vocabulary of a run's training text, privately"
+  )
+  _add_gin_flags(vocab)
+  _add_vocab_flags(vocab)
+  vocab.set_defaults(command=_vocab)
   return parser
 
 
@@ -367,6 +384,59 @@ def _add_audit_flags(parser: argparse.ArgumentParser) -> None:
     help="that the lower bounds hold (0.95)",
   )
   parser.add_argument("--format", choices=("text", "json"), default="text")
+
+
+def _add_vocab_flags(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument(
+    "--output",
+    required=True,
+    metavar="FILE",
+    help="the SentencePiece model; for VocabularySettings.path",
+  )
+  parser.add_argument(
+    "--words",
+    metavar="FILE",
+    help="learn from the noisy counts of an earlier call (FILE.words.tsv),"
+    " instead of from the corpus: at no further cost",
+  )
+  parser.add_argument(
+    "--size",
+    type=int,
+    metavar="V",
+    help="tokens, 5 special ones and 256 bytes included; left out: the run's",
+  )
+  parser.add_argument(
+    "--model_type",
+    metavar="NAME",
+    help="unigram or bpe; left out: the run's",
+  )
+  parser.add_argument(
+    "--unit",
+    default="document",
+    metavar="UNIT",
+    help="whose words are counted together: document (default) or user",
+  )
+  parser.add_argument(
+    "--words_per_unit",
+    type=int,
+    default=64,
+    metavar="K",
+    help="distinct words of one unit that count at most (64)",
+  )
+  for name, told in (
+    ("epsilon", "what the vocabulary may cost; or give --noise_multiplier"),
+    ("delta", "of the vocabulary alone, at most half of it for the noise"),
+    ("noise_multiplier", "noise on the counts over the square root of K"),
+  ):
+    parser.add_argument(f"--{name}", type=float, metavar="X", help=told)
+  parser.add_argument(
+    "--lowercase", action="store_true", help="fold case before counting"
+  )
+  parser.add_argument(
+    "--vocab_txt",
+    action="store_true",
+    help="also write FILE.vocab.txt, for tools that read BERT's vocabularies",
+  )
 
 
 def _with_bindings(argv: Sequence[str]) -> list[str]:

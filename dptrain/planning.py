@@ -4,6 +4,7 @@ import argparse
 import pathlib
 from typing import Any
 
+from dptrain.privacy import others as others_lib
 from dptrain.privacy import plan as plan_lib
 from dptrain.privacy import schedule as schedule_lib
 from dptrain.reports import advice as advice_lib
@@ -49,7 +50,10 @@ def forecast(arguments: argparse.Namespace) -> forecast_lib.Forecast:
     )
   run = _run(arguments) if arguments.gin_file else None
   settings = _settings(arguments) if run is None else run.privacy
-  plan = plan_lib.make_plan(settings, _num_examples(arguments, run))
+  others = _others(run)
+  plan = plan_lib.make_plan(
+    settings, _num_examples(arguments, run), others=others
+  )
   return forecast_lib.forecast(
     plan,
     model=_model_cost(run) if run else _stated_cost(arguments),
@@ -58,6 +62,7 @@ def forecast(arguments: argparse.Namespace) -> forecast_lib.Forecast:
       for size in arguments.compare.split(",")
       if size
     ],
+    others=others,
   )
 
 
@@ -109,6 +114,18 @@ def _run(arguments: argparse.Namespace) -> Any:
   )
 
 
+def _others(run: Any) -> tuple[others_lib.OtherRelease, ...]:
+  """What a run's vocabulary released."""
+  if run is None or run.vocabulary.path is None:
+    return ()
+  from dptrain.data import private_vocabulary
+
+  release = private_vocabulary.read_release(run.vocabulary.path)
+  if release is None or release.fixed_seed:
+    return ()
+  return (release.other(run.privacy.unit, run.privacy.relation),)
+
+
 def _settings(arguments: argparse.Namespace) -> plan_lib.PrivacySettings:
   for name in ("delta", "phase"):
     if not getattr(arguments, name):
@@ -135,6 +152,8 @@ def _num_examples(arguments: argparse.Namespace, run: Any) -> int:
   if arguments.num_examples is not None:
     return _whole("num_examples", arguments.num_examples)
   if run is not None:
+    if run.privacy.public_num_examples is not None:
+      return int(run.privacy.public_num_examples)
     from dptrain.privacy import ledger
 
     path = pathlib.Path(run.model_dir).expanduser() / ledger.LEDGER_FILE
@@ -143,7 +162,7 @@ def _num_examples(arguments: argparse.Namespace, run: Any) -> int:
       return int(header["plan"]["num_examples"])
   raise ValueError(
     "--num_examples is missing: epsilon depends on the number of records in the"
-    " corpus (`dptrain train` prints it, and MODEL_DIR's ledger has it)."
+    " corpus (a MODEL_DIR that trains already has it in its ledger)."
   )
 
 

@@ -291,3 +291,82 @@ def test_prepares_once_and_trains_from_there(folder, capsys, monkeypatch):
   train = json.loads(manifest)["splits"]["train"]
   assert found.train.num_examples == train["records"]
   assert len(train["shards"]) > 2
+
+
+def vocab(folder, *flags):
+  files = folder / "text" / "*.txt"
+  return cli.main(
+    [
+      "vocab",
+      "--gin_file=run.gin",
+      f"--gin_search_paths={folder}",
+      f"--gin.FILES={str(files)!r}",
+      f"--output={folder / 'private.model'}",
+      "--words_per_unit=8",
+      *flags,
+    ]
+  )
+
+
+def test_vocab_then_plan(folder, capsys):
+  for number in range(300):
+    (folder / "text" / f"more{number}.txt").write_text("abba dada gaga fad.")
+  (folder / "text" / "rare.txt").write_text("abba xylophone")
+  status = vocab(
+    folder, "--epsilon=8", "--delta=1e-7", "--size=900", "--model_type=bpe"
+  )
+  told = capsys.readouterr()
+  assert status == 2
+  assert "size=900 is too large" in told.err
+  assert "costs no more privacy" in told.err
+  words = folder / "private.model.words.tsv"
+  assert "xylophone" not in words.read_text()
+  assert " abba\t" in words.read_text()
+
+  flags = ["--size=280", "--model_type=bpe", "--vocab_txt"]
+  again = [*flags, f"--words={words}", f"--output={folder / 'next.model'}"]
+  assert vocab(folder, *again) == 0
+  assert "280 tokens from 5 words" in capsys.readouterr().out
+  assert "abba" in (folder / "next.model.vocab.txt").read_text().splitlines()
+  assert vocab(folder, *again) == 2
+  assert "none is overwritten" in capsys.readouterr().err.replace("\n", " ")
+  assert vocab(folder, *again, "--epsilon=1", "--output=x") == 2
+  assert "--epsilon and --words are both given" in capsys.readouterr().err
+
+  path = str(folder / "next.model")
+  plan_flags = [
+    "plan",
+    "--gin_file=run.gin",
+    f"--gin_search_paths={folder}",
+    f"--gin.FILES={str(folder / 'text' / '*.txt')!r}",
+    "--num_examples=1000",
+    "--format=json",
+  ]
+  assert cli.main(plan_flags) == 0
+  without = json.loads(capsys.readouterr().out)
+  given = f"--gin.vocabulary.VocabularySettings.path={path!r}"
+  assert cli.main([*plan_flags, given]) == 0
+  told = json.loads(capsys.readouterr().out)
+  assert without["others"] == []
+  assert told["others"][0]["failure_prob"] == 5e-8
+  assert told["epsilon"]["value"] > without["epsilon"]["value"] + 5
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (["--epsilon=1"], "--delta is missing"),
+    (["--delta=1e-6"], "give one of --epsilon and --noise_multiplier"),
+    (["--delta=2", "--epsilon=1"], "delta=2.0 must lie"),
+    (["--delta=1e-6", "--epsilon=1", "--unit=page"], "--unit=page must be"),
+    (
+      ["--delta=1e-6", "--noise_multiplier=1", "--words_per_unit=0"],
+      "words_per_unit=0",
+    ),
+    (["--delta=1e-6", "--epsilon=0.01"], "no word is held by enough"),
+  ],
+)
+def test_vocab_refuses(folder, capsys, flags, message):
+  assert vocab(folder, *flags) == 2
+  assert message in capsys.readouterr().err
+  assert not list(folder.glob("private.model*"))

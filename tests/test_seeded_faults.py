@@ -99,16 +99,20 @@ FAULTS = {
     "clipping/test_per_example.py::test_padding_contributes_exactly_zero",
   ),
   "the accountant reading another sampling probability": Fault(
-    "training/loop.py",
-    "      release.sampling_prob,\n",
-    "      min(1.0, 2 * release.sampling_prob),\n",
+    "privacy/draws.py",
+    'if kind == "poisson" or (kind == "cyclic_poisson" and plan.bands == 1):\n',
+    'if kind == "poisson":\n    prob = min(1.0, 2 * plan.sampling_prob(step))\n'
+    "    return sampling.poisson_sample(key, num_examples, prob)\n"
+    '  if kind == "cyclic_poisson" and plan.bands == 1:\n',
     "training/test_release_path.py::test_the_sampler_draws_with_the"
     "_probability_that_is_priced",
   ),
   "ledger written after the update only": Fault(
     "training/loop.py",
-    "    processes.first(lambda: self.ledger.record(self.branch.name, step,"
-    " release))\n"
+    "    processes.first(\n"
+    "      lambda: self.ledger.record(self.branch.name, step, release,"
+    " number)\n"
+    "    )\n"
     "    params, opt_state, statistics = self.finish(\n"
     '      state["params"],\n'
     '      state["opt_state"],\n'
@@ -116,6 +120,7 @@ FAULTS = {
     '      noise_key=self._key("noise", step),\n'
     "      noise_multiplier=release.noise_multiplier,\n"
     "      expected_batch_size=float(self.plan.expected_batch_size(step)),\n"
+    "      unit_noise=self._correlated(step),\n"
     "    )\n",
     "    params, opt_state, statistics = self.finish(\n"
     '      state["params"],\n'
@@ -124,6 +129,7 @@ FAULTS = {
     '      noise_key=self._key("noise", step),\n'
     "      noise_multiplier=release.noise_multiplier,\n"
     "      expected_batch_size=float(self.plan.expected_batch_size(step)),\n"
+    "      unit_noise=self._correlated(step),\n"
     "    )\n"
     "    self.ledger.record(self.branch.name, step, release)\n",
     "training/test_release_path.py::test_the_ledger_is_written_before_the"

@@ -15,6 +15,7 @@ from dptrain.auditing import canaries as canaries_lib
 from dptrain.auditing import observer as observer_lib
 from dptrain.auditing import verdict as verdict_lib
 from dptrain.privacy import ledger as ledger_lib
+from dptrain.privacy import others as others_lib
 from dptrain.privacy import plan as plan_lib
 from dptrain.reports import curves
 from dptrain.training import checkpoints as checkpoints_lib
@@ -128,6 +129,7 @@ def audit(
     records.train.num_examples,
     calibrated_noise=recorded.get("noise_multiplier"),
     noise_coefficients=recorded.get("noise_coefficients"),
+    others=records.others(run.privacy),
   )
   if settings.mode == "white_box":
     run = _observed(run, plan, settings.canaries)
@@ -149,6 +151,11 @@ def _check_auditable(run: run_lib.TrainingRun, settings: AuditSettings) -> None:
     raise ValueError(
       f"an audit runs in one process, not in {jax.process_count()}: audit a"
       " smaller run of the same settings."
+    )
+  if run.privacy.unit != "record":
+    raise ValueError(
+      f"PrivacySettings.unit={run.privacy.unit!r} cannot be audited: canaries"
+      " are records. Audit the same run with unit='record'."
     )
   quantile = run.privacy.adaptive_quantile
   if settings.mode == "white_box" and quantile is not None:
@@ -223,15 +230,17 @@ def _judged(
   if settings.mode == "white_box":
     seen = jax.device_get(state["opt_state"])
     scores = np.asarray(seen.scores, np.float64)
-    measured = verdict_lib.measure(
-      np.asarray(seen.totals, np.float64),
-      np.asarray(seen.squares, np.float64),
-      canaries.included,
-      [
-        plan.expected_batch_size(step) / plan.num_examples
-        for step in range(result.step)
-      ],
-      plan.noise_multiplier,
+    # Noise that is correlated over updates is not measured by adding it up.
+    measured = (
+      None
+      if plan.bands > 1
+      else verdict_lib.measure(
+        np.asarray(seen.totals, np.float64),
+        np.asarray(seen.squares, np.float64),
+        canaries.included,
+        [plan.participation_prob(step) for step in range(result.step)],
+        plan.noise_multiplier,
+      )
     )
   else:
     scores = black_box.scores(prepared, state["params"], canaries.tokens)
@@ -242,7 +251,11 @@ def _judged(
     epsilon=result.epsilon,
     delta=result.delta,
     gaussian_epsilon=curves.covering_gaussian(
-      ledger.releases(), result.epsilon, result.delta, plan.relation
+      ledger.releases(),
+      result.epsilon,
+      result.delta,
+      plan.relation,
+      failure_prob=others_lib.failure_prob(ledger.others),
     ),
     confidence=settings.confidence,
     updates=result.step,

@@ -188,7 +188,7 @@ class Observer:
     now = jnp.searchsorted(starts, state.step, side="right") - 1
     sizes = [float(s.expected_batch_size) for s in segments]
     # Whatever the sampling: how often a record takes part. Scores need no more.
-    probs = [size / self.plan.num_examples for size in sizes]
+    probs = [self.plan.participation_prob(s.first_step) for s in segments]
     read = self.readings(gradient, params, jnp.asarray(sizes)[now])
     ratios = self.log_ratios(read, jnp.asarray(probs, jnp.float32)[now])
     updates, inner = self.optimizer.update(

@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from dptrain.data.special_tokens import PAD_ID
-from dptrain.data.store import Store
+from dptrain.data.store import Examples
 
 
 def physical_batches(
-  store: Store,
+  store: Examples,
   indices: npt.NDArray[np.integer[Any]],
   physical_batch_size: int,
   rows: npt.NDArray[np.integer[Any]] | None = None,
@@ -34,7 +34,8 @@ def physical_batches(
       this order, as one process of several does. None: all P in order.
 
   Returns:
-    An iterator over dictionaries: `tokens` int32 [P, T]; `example_ids` int32
+    An iterator over dictionaries: `tokens` int32 [P, T] ([P, k, T] if the store
+    is one of units with k records); `example_ids` int32
     [P], the rows' indices; `is_padding` bool [P], True for a padding row, whose
     tokens and id are 0 (id 0 also is a true record's: only `is_padding` tells).
     Where `rows` is given its length takes the place of P.
@@ -59,7 +60,7 @@ def physical_batches(
 
 
 def _deal(
-  store: Store,
+  store: Examples,
   indices: npt.NDArray[np.integer[Any]],
   size: int,
   rows: npt.NDArray[np.integer[Any]],
@@ -70,7 +71,7 @@ def _deal(
     is_padding = rows >= len(members)
     members = members[rows[~is_padding]]
     # Fresh arrays each time: a batch may outlive the next one on a device.
-    tokens = np.full((len(rows), store.sequence_length), PAD_ID, np.int32)
+    tokens = np.full((len(rows), *store.record_shape), PAD_ID, np.int32)
     tokens[~is_padding] = store.gather(members)
     example_ids = np.zeros(len(rows), np.int32)
     example_ids[~is_padding] = members
@@ -82,7 +83,7 @@ def _deal(
 
 
 def evaluation_batches(
-  store: Store, physical_batch_size: int, limit: int | None = None
+  store: Examples, physical_batch_size: int, limit: int | None = None
 ) -> Iterator[dict[str, npt.NDArray[Any]]]:
   """Deals out the store, or an evenly spaced part of it, always the same.
 

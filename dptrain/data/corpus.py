@@ -14,15 +14,22 @@ class Document(NamedTuple):
   """One document: text that records never reach across.
 
   Attributes:
-    source: where the text comes from; names the document in messages.
+    source: where the text comes from; names it in messages.
     text: the text itself.
-    unit: whose text it is: a key that all documents of one unit share (an
-      author's, say); None if the document stands for itself.
+    document: key of the document that it belongs to, if that is larger (a file
+      that was cut into passages, say); empty: it is one of its own.
+    unit: key of the user (the author, say) that it belongs to; empty if none is
+      known.
   """
 
   source: str
   text: str
-  unit: str | None = None
+  document: str = ""
+  unit: str = ""
+
+
+# Features that an example may have beside "text".
+_OPTIONAL = ("source", "document", "unit")
 
 
 def read_documents(
@@ -30,12 +37,12 @@ def read_documents(
 ) -> Iterator[Document]:
   """Reads the documents of a registered seqio task or mixture.
 
-  Any task serves whose examples carry a scalar string feature "text"; a scalar
-  string feature "source" names the document and is optional, as is "unit", the
-  key that the documents of one unit share. Documents come unshuffled, each
-  once. Of a mixture every task that has the split is read whole, one after
-  another: sampling by the mixture's rates would let one document decide whether
-  another takes part, which the privacy analysis excludes.
+  Any task serves whose examples carry a scalar string feature "text"; scalar
+  string features "source", "document" and "unit" are optional: see `Document`.
+  Documents come unshuffled, each once. Of a mixture every task that has the
+  split is read whole, one after another: sampling by the mixture's rates would
+  let one document decide whether another takes part, which the privacy analysis
+  excludes.
 
   Args:
     task: the name of the task or mixture.
@@ -98,7 +105,7 @@ def _dataset(name: str, task: Any, split: str) -> Any:
     sequence_length=None, split=split, shuffle=False, use_cached=False
   )
   spec = dataset.element_spec
-  for feature in ("text", "source", "unit"):
+  for feature in ("text", *_OPTIONAL):
     if feature not in spec:
       continue
     shape, dtype = spec[feature].shape, spec[feature].dtype
@@ -126,9 +133,12 @@ def _documents(
   empty = True
   for name, dataset in datasets:
     for position, example in enumerate(dataset.as_numpy_iterator()):
-      source = f"{name}:{split}:{position}"
-      if "source" in example:
-        source = example["source"].decode("utf-8", errors="replace")
+      told = {
+        feature: example[feature].decode("utf-8", errors="replace")
+        for feature in _OPTIONAL
+        if feature in example
+      }
+      source = told.get("source") or f"{name}:{split}:{position}"
       try:
         text = example["text"].decode("utf-8", errors=encoding_errors)
       except UnicodeDecodeError as error:
@@ -137,12 +147,10 @@ def _documents(
           f"{error.start}; mend it, or replace what is wrong in such texts "
           "(dptrain prepare --encoding_errors=replace)"
         ) from error
-      unit = None
-      if "unit" in example:
-        # Bytes that are no text still tell units apart.
-        unit = example["unit"].decode("utf-8", errors="surrogateescape")
       empty = False
-      yield Document(source, text, unit)
+      yield Document(
+        source, text, told.get("document", ""), told.get("unit", "")
+      )
   if empty:
     raise ValueError(
       f"split {split!r} of seqio task {task!r} holds no document; check the "

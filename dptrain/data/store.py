@@ -35,7 +35,31 @@ EMPTY_CORPUS: Final = (
 )
 
 
-class Store(Protocol):
+class Examples(Protocol):
+  """What is sampled, by number: records, or units of them."""
+
+  @property
+  def num_examples(self) -> int:
+    """How many there are."""
+
+  @property
+  def sequence_length(self) -> int:
+    """T, the length of every record."""
+
+  @property
+  def record_shape(self) -> tuple[int, ...]:
+    """Shape of what one index gathers."""
+
+  def gather(
+    self, indices: npt.NDArray[np.integer[Any]]
+  ) -> npt.NDArray[np.int32]:
+    """Copies examples out: see `RecordStore.gather`."""
+
+  def content_digest(self) -> bytes:
+    """Names the examples and their order."""
+
+
+class Store(Examples, Protocol):
   """Records by number: in memory (`RecordStore`) or on disk."""
 
   @property
@@ -43,23 +67,18 @@ class Store(Protocol):
     """All records, int32 [N, T], in memory."""
 
   @property
-  def num_examples(self) -> int:
-    """N, the number of records."""
+  def documents(self) -> npt.NDArray[np.uint64] | None:
+    """As in `RecordStore`."""
 
   @property
-  def sequence_length(self) -> int:
-    """T, the length of every record."""
-
-  def gather(
-    self, indices: npt.NDArray[np.integer[Any]]
-  ) -> npt.NDArray[np.int32]:
-    """Copies records out: see `RecordStore.gather`."""
+  def users(self) -> npt.NDArray[np.uint64] | None:
+    """As in `RecordStore`."""
 
   def token_range(self) -> tuple[int, int]:
     """The lowest and the largest token of any record."""
 
-  def content_digest(self) -> bytes:
-    """Names the records and their order."""
+  def subset(self, indices: npt.NDArray[np.integer[Any]]) -> Examples:
+    """Some of the records: see `RecordStore.subset`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,12 +87,18 @@ class RecordStore:
 
   Attributes:
     tokens: int32 [N, T]; rows read [CLS] ... [SEP] [PAD] ...
+    documents: uint64 [N], equal for the records of one document (64 bits of a
+      hash of its key); None: every record is one of its own.
+    users: uint64 [N], likewise for the records of one user; None if the corpus
+      does not tell.
 
   Raises:
     ValueError: if `tokens` has another dtype or rank, or no rows.
   """
 
   tokens: npt.NDArray[np.int32]
+  documents: npt.NDArray[np.uint64] | None = None
+  users: npt.NDArray[np.uint64] | None = None
 
   def __post_init__(self) -> None:
     if self.tokens.dtype != np.int32 or self.tokens.ndim != 2:
@@ -83,6 +108,13 @@ class RecordStore:
       )
     if not self.tokens.size:
       raise ValueError(f"tokens of shape {self.tokens.shape} holds no record")
+    for name in ("documents", "users"):
+      keys = getattr(self, name)
+      if keys is not None and keys.shape != self.tokens.shape[:1]:
+        raise ValueError(
+          f"{name} has shape {keys.shape}; it needs one key for each of the"
+          f" {len(self.tokens)} records"
+        )
     tokens = np.ascontiguousarray(self.tokens).view()
     tokens.flags.writeable = False
     object.__setattr__(self, "tokens", tokens)
@@ -96,6 +128,23 @@ class RecordStore:
   def sequence_length(self) -> int:
     """T, the length of every record."""
     return int(self.tokens.shape[1])
+
+  @property
+  def record_shape(self) -> tuple[int, ...]:
+    """Shape of what one index gathers: T."""
+    return (self.sequence_length,)
+
+  def subset(self, indices: npt.NDArray[np.integer[Any]]) -> RecordStore:
+    """The store of some of the records.
+
+    Args:
+      indices: integers [n] in [0, N).
+    """
+    some = [
+      None if keys is None else keys[indices]
+      for keys in (self.documents, self.users)
+    ]
+    return RecordStore(self.gather(indices), *some)
 
   def gather(
     self, indices: npt.NDArray[np.integer[Any]]
@@ -130,6 +179,8 @@ class RecordStore:
     """SHA-256 over shape, dtype and bytes: equal for equal stores alone."""
     digest = begun_digest(*self.tokens.shape)
     digest.update(self.tokens.data)
+    for keys in (self.documents, self.users):
+      digest.update(b"none" if keys is None else keys.tobytes())
     return digest.digest()
 
 
@@ -160,15 +211,24 @@ def build_store(
     ValueError: if the documents give no record, or a setting is out of range.
   """
   check_cut(sequence_length, min_tokens)
-  blocks = [
-    records
-    for texts in _chunks(documents)
-    for records in cut_records(texts, vocabulary, sequence_length, min_tokens)
-    if len(records)
-  ]
+  blocks: list[npt.NDArray[np.int32]] = []
+  keys: list[tuple[Document, int]] = []
+  for some in _chunks(documents):
+    texts = [document.text for document in some]
+    cut = cut_records(texts, vocabulary, sequence_length, min_tokens)
+    for document, records in zip(some, cut, strict=True):
+      if len(records):
+        blocks.append(records)
+        keys.append((document._replace(text=""), len(records)))
   if not blocks:
     raise ValueError(EMPTY_CORPUS)
-  return RecordStore(np.concatenate(blocks))
+  return RecordStore(
+    np.concatenate(blocks),
+    hashed_keys([(each.document or each.source, n) for each, n in keys]),
+    hashed_keys([(each.unit, n) for each, n in keys])
+    if all(each.unit for each, _ in keys)
+    else None,
+  )
 
 
 def begun_digest(num_examples: int, sequence_length: int) -> Any:
@@ -246,18 +306,37 @@ def _parts(text: str) -> Iterator[str]:
   yield text[begin:] if begin else text
 
 
-def _chunks(documents: Iterable[Document]) -> Iterator[list[str]]:
-  """Groups texts for encoding, whatever the size of each."""
-  texts: list[str] = []
+def hashed_keys(counted: list[tuple[str, int]]) -> npt.NDArray[np.uint64]:
+  """64 bits of each key's hash, as often as it has records.
+
+  Args:
+    counted: keys with their numbers of records.
+
+  Returns:
+    uint64 [sum of the numbers].
+  """
+  hashes = [
+    hashlib.sha256(key.encode("utf-8", errors="replace")).digest()[:8]
+    for key, _ in counted
+  ]
+  return np.repeat(
+    np.frombuffer(b"".join(hashes), "<u8").astype(np.uint64),
+    [count for _, count in counted],
+  )
+
+
+def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+  """Groups documents for encoding, whatever the size of each."""
+  some: list[Document] = []
   chars = 0
   for document in documents:
-    texts.append(document.text)
+    some.append(document)
     chars += len(document.text)
     if chars >= _CHARS_PER_CALL:
-      yield texts
-      texts, chars = [], 0
-  if texts:
-    yield texts
+      yield some
+      some, chars = [], 0
+  if some:
+    yield some
 
 
 def _records(

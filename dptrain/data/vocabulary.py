@@ -5,13 +5,13 @@ model, arXiv 1804.10959.
 
 A vocabulary trained on a corpus is a function of that corpus computed without
 noise: the privacy guarantee of training does not cover it. Where that matters,
-train the vocabulary on public text and name its file in
-`VocabularySettings.path`.
+learn it from noisy counts (`dptrain vocab`, `private_vocabulary`) or from
+public text, and name its file in `VocabularySettings.path`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import hashlib
@@ -29,6 +29,7 @@ from dptrain.data.special_tokens import PAD_ID
 from dptrain.data.special_tokens import SEP_ID
 from dptrain.data.special_tokens import SPECIAL_PIECES
 from dptrain.data.special_tokens import UNK_ID
+from dptrain.data.words import normalization
 
 _MODEL_TYPES = ("unigram", "bpe")
 # SentencePiece skips lines of more than 4192 bytes; a character has at most 4.
@@ -181,6 +182,14 @@ class Vocabulary:
     """
     return str(self._processor.id_to_piece(int(token)))
 
+  def is_byte(self, token: int) -> bool:
+    """Whether a token stands for one byte of what no other piece spells.
+
+    Args:
+      token: its id.
+    """
+    return bool(self._processor.is_byte(int(token)))
+
   def save(self, path: str | os.PathLike[str]) -> None:
     """Writes the model; the file appears whole or not at all.
 
@@ -242,11 +251,63 @@ def train_vocabulary(
     ValueError: if the corpus is empty, or too small or too rich in characters
       for the size; the message names the size that would do.
   """
-  import sentencepiece
-
   lines = _sample(_lines(texts), settings.max_lines)
   if not lines:
     raise ValueError("cannot train a vocabulary: the corpus holds no text")
+  vocabulary = Vocabulary(_trained(lines, settings))
+  vocabulary.save(path)
+  return vocabulary
+
+
+def train_on_word_counts(
+  counts: Mapping[str, int],
+  settings: VocabularySettings,
+  lowercase: bool = False,
+) -> Vocabulary:
+  """Trains a vocabulary on words and their counts, and on nothing else.
+
+  The same counts and settings give the same bytes. What no piece spells becomes
+  bytes, so that every text is encodable.
+
+  Args:
+    counts: at least 1 each, by word as `words.Splitter` yields it.
+    settings: size, model type and character coverage.
+    lowercase: whether encoding folds case, as it was before counting.
+
+  Returns:
+    The vocabulary, of exactly `settings.size` tokens.
+
+  Raises:
+    ValueError: the words are too few, or too rich in characters, for the size.
+  """
+  from sentencepiece import sentencepiece_model_pb2
+
+  protos: Any = sentencepiece_model_pb2
+  model = protos.ModelProto()
+  # A word has its space with it, or has none: neither is to be added or dropped
+  # here, and both are in the texts that the model will read.
+  model.ParseFromString(
+    _trained(
+      [f"{word}\t{count}" for word, count in sorted(counts.items())],
+      settings,
+      input_format="tsv",
+      byte_fallback=True,
+      normalization_rule_name=normalization(lowercase),
+      add_dummy_prefix=False,
+      remove_extra_whitespaces=False,
+    )
+  )
+  model.normalizer_spec.add_dummy_prefix = True
+  model.normalizer_spec.remove_extra_whitespaces = True
+  return Vocabulary(model.SerializeToString())
+
+
+def _trained(
+  lines: Iterable[str], settings: VocabularySettings, **more: Any
+) -> bytes:
+  """What SentencePiece learns from the lines."""
+  import sentencepiece
+
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
@@ -259,12 +320,11 @@ def train_vocabulary(
       minloglevel=3,
       control_symbols=list(SPECIAL_PIECES[SEP_ID + 1 :]),
       **_special_token_arguments(),
+      **more,
     )
   except RuntimeError as error:
     raise ValueError(_explain(str(error), settings)) from error
-  vocabulary = Vocabulary(model.getvalue())
-  vocabulary.save(path)
-  return vocabulary
+  return model.getvalue()
 
 
 def _special_token_arguments() -> dict[str, Any]:

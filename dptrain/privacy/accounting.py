@@ -200,7 +200,10 @@ def rough_bound(
   ]
   found, _ = rdp_bound(poisson, delta, "zero_out", FEW_RDP_ORDERS)
   # To replace a unit is to take one away and to add one.
-  return 2 * found if relation == "replace_one" else found
+  return found * max(
+    mechanisms.distance(dataclasses.replace(r, sampling="poisson"), relation)
+    for r in composed
+  )
 
 
 def rdp_bound(

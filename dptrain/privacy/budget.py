@@ -13,8 +13,9 @@ def last_affordable(
 ) -> int:
   """Updates that a branch may have in all before the budget is spent.
 
-  What the ledger already has is paid for, on whatever branch: repeating it is
-  free, and what comes after it is priced on top.
+  What the ledger already has is paid for, on whatever branch, as is what was
+  released beside the updates: repeating it is free, and what comes after it is
+  priced on top.
 
   Args:
     plan: of the run.
@@ -35,6 +36,6 @@ def last_affordable(
     lambda n: [*others, *plan.releases(start, written + n)],
     plan.num_steps - written,
     plan.target_epsilon,
-    plan.delta,
+    ledger.delta_left(plan.delta),
     plan.relation,
   )

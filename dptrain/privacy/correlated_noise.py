@@ -84,7 +84,12 @@ class BandedNoise:
       independent: fresh standard normal noise, a tree of arrays.
       history: from `begin` or the last `next`.
     """
-    return self._inverse().multiply_next(independent, history)
+    import jax  # planning does without
+
+    # An accelerator's quicker products round in ways that depend on what the
+    # noise is taken from: it must be one linear map for both neighbours.
+    with jax.default_matmul_precision("highest"):
+      return self._inverse().multiply_next(independent, history)
 
   def _inverse(self) -> Any:
     coefficients = np.asarray(self.coefficients, np.float32)

@@ -2,13 +2,14 @@
 
 One append-only file of JSON lines lives in MODEL_DIR, outside the checkpoints,
 so that going back to an earlier checkpoint cannot forget what later ones have
-told. Each line carries the hash of the line before it. Five kinds of line:
+told. Each line carries the hash of the line before it. Six kinds of line:
 
   plan         the plan, the keyed fingerprints of corpus and seed; the first.
   branch       a line of training that starts at the root or forks off another.
   environment  a branch goes on under another rounding from some update on.
   release      one update of one branch: its sampling, its noise and, if it
                shares one with others, its round (`rounds`).
+  other        what else was released on the same corpus (`others`).
   unprotected  something that was published without protection.
 
 A branch is named by a digest of all that decides its gradients. A crash that
@@ -30,7 +31,9 @@ from typing import Any, NamedTuple
 
 from dptrain.privacy import accounting
 from dptrain.privacy import entries
+from dptrain.privacy import others as others_lib
 from dptrain.privacy import plan as plan_lib
+from dptrain.privacy import rounds
 
 LEDGER_FILE = "privacy_ledger.jsonl"
 _FORMAT = 1
@@ -78,6 +81,7 @@ class Ledger:
     self._branches: dict[str, Branch] = {}
     self._environments: dict[str, list[tuple[int, str]]] = {}
     self._releases: dict[str, dict[int, entries.Update]] = {}
+    self._others: list[others_lib.OtherRelease] = []
     self._unprotected: list[str] = []
     self._last_hash = _NO_HASH
     self._file: Any = None
@@ -98,6 +102,11 @@ class Ledger:
     return tuple(self._unprotected)
 
   @property
+  def others(self) -> tuple[others_lib.OtherRelease, ...]:
+    """What was released beside the updates."""
+    return tuple(self._others)
+
+  @property
   def fixed_seed(self) -> bool:
     """Whether the run's seed is known to others: no privacy claim."""
     return bool(self.header.get("fixed_seed"))
@@ -110,12 +119,21 @@ class Ledger:
   def releases(self, without: str = "") -> list[accounting.Releases]:
     """Everything released so far, over all branches, equal ones joined.
 
+    To be priced at `delta_left`, since others than updates may fail.
+
     Args:
       without: a branch to leave out.
 
     Returns:
-      One release per round of each branch: the dearest of its updates.
+      One release per round of each branch: the dearest of its updates; and one
+      for each of `others`.
     """
+    return accounting.merged(
+      [*others_lib.releases(self._others), *self.update_releases(without)]
+    )
+
+  def update_releases(self, without: str = "") -> list[accounting.Releases]:
+    """`releases` of the updates alone."""
     return accounting.merged(
       [
         release
@@ -125,8 +143,16 @@ class Ledger:
       ]
     )
 
+  def delta_left(self, delta: float) -> float:
+    """What of `delta` is left for `releases` by failures of `others`.
+
+    Raises:
+      ValueError: nothing.
+    """
+    return others_lib.delta_left(self._others, delta)
+
   def releases_in_order(self) -> list[accounting.Releases]:
-    """One release per round, branch after branch."""
+    """One release per round of updates, branch after branch."""
     return [
       release
       for by_step in self._releases.values()
@@ -166,6 +192,23 @@ class Ledger:
           " checkpoint beside it contains: the ledger was rolled back. Restore"
           " the newest copy of it; without it the guarantee is lost."
         )
+
+  def check_checkpoints(self) -> None:
+    """Refuses a ledger that lacks what the thin loop's checkpoints know.
+
+    Those of t5x hold a digest among their arrays, which its trainer checks.
+
+    Raises:
+      LedgerError: the file was replaced by an older copy.
+    """
+    for path in sorted(
+      self.path.parent.glob("checkpoints/*/metadata/metadata")
+    ):
+      try:
+        told = json.loads(path.read_bytes())["ledger"]
+      except (ValueError, KeyError, TypeError, OSError):
+        continue  # a damaged checkpoint says nothing
+      self.check_contains(told)
 
   def check_not_lost(self) -> None:
     """Refuses a MODEL_DIR that has checkpoints, of any loop, but no ledger.
@@ -352,6 +395,15 @@ class Ledger:
     entry = {"kind": "release", "branch": branch, "step": step}
     self._append({**entry, **update.as_dict(step)})
 
+  def record_other(self, other: others_lib.OtherRelease) -> None:
+    """Writes down, once, what was released beside the updates.
+
+    Raises:
+      OSError: the line could not be written.
+    """
+    if other not in self._others:
+      self._append({"kind": "other", **other.as_dict()})
+
   def declare_unprotected(self, what: str) -> None:
     """Notes, once, that `what` was published without protection."""
     if what not in self._unprotected:
@@ -380,6 +432,19 @@ class Ledger:
       ) from error
     self._take(entry, line)
 
+  def _take_release(self, entry: Mapping[str, Any]) -> None:
+    branch, step = entry["branch"], entry["step"]
+    if branch not in self._branches:
+      raise ValueError(f"branch {branch[:12]} was never opened")
+    expected = max(self.last_step(branch) + 1, self.first_step(branch))
+    if step != expected:
+      raise ValueError(f"update {step} stands where {expected} must")
+    update = entries.from_dict(entry, step)
+    sampling = self.header["plan"]["sampling"]
+    if update.round != step and not rounds.several_updates(sampling):
+      raise ValueError(f"under {sampling} each update is a round of its own")
+    self._releases.setdefault(branch, {})[step] = update
+
   def _load(self) -> None:
     data = self.path.read_bytes()
     # A kill in mid-write leaves a last line without its end: the update that it
@@ -405,7 +470,12 @@ class Ledger:
     if kind == "plan":
       if entry["format"] != _FORMAT:
         raise ValueError(f"format {entry['format']} is not {_FORMAT}")
-      self.header = dict(entry)
+      if self.header:
+        raise ValueError("it has a second plan")
+      plan = plan_lib.completed(entry["plan"])
+      self.header = {**entry, "plan": plan}
+    elif not self.header:
+      raise ValueError("a ledger begins with its plan")
     elif kind == "branch":
       branch = Branch(**{name: entry[name] for name in Branch._fields})
       self._branches[branch.name] = branch
@@ -415,8 +485,9 @@ class Ledger:
         (entry["step"], entry["environment"])
       )
     elif kind == "release":
-      by_step = self._releases.setdefault(entry["branch"], {})
-      by_step[entry["step"]] = entries.from_dict(entry, entry["step"])
+      self._take_release(entry)
+    elif kind == "other":
+      self._others.append(others_lib.from_dict(entry))
     elif kind == "unprotected":
       self._unprotected.append(entry["what"])
     else:
@@ -462,7 +533,7 @@ def read(directory: pathlib.Path) -> Ledger:
 
   Raises:
     FileNotFoundError: there is none.
-    LedgerError: it is damaged or empty.
+    LedgerError: it is damaged or empty, or lacks what a checkpoint knows.
   """
   path = directory / LEDGER_FILE
   if not path.exists():
@@ -473,6 +544,7 @@ def read(directory: pathlib.Path) -> Ledger:
   ledger = Ledger(path)
   if not ledger.header:
     raise LedgerError(f"{path} is empty: nothing was released yet.")
+  ledger.check_checkpoints()
   return ledger
 
 

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 import dataclasses
 
 import dp_accounting
+from dp_accounting import dp_event
+import numpy as np
+from scipy import stats
 
 RELATIONS = {
   "zero_out": dp_accounting.NeighboringRelation.REPLACE_SPECIAL,
@@ -43,6 +46,8 @@ class Releases:
       to `truncated_batch_size`) or "without_replacement" (of fixed size).
     num_examples: size of the corpus; read by the latter two.
     truncated_batch_size: the most records of one sample; read when truncated.
+    group_size: records of one unit at most, each of which is sampled on its
+      own, by Poisson sampling.
   """
 
   count: int
@@ -51,6 +56,7 @@ class Releases:
   sampling: str = "poisson"
   num_examples: int = 0
   truncated_batch_size: int = 0
+  group_size: int = 1
 
   def as_dict(self) -> dict[str, int | float | str]:
     """Plain data, without what its sampling does not read."""
@@ -58,6 +64,8 @@ class Releases:
       "sampling_prob": self.sampling_prob,
       "noise_multiplier": self.noise_multiplier,
     }
+    if self.group_size > 1:
+      told["group_size"] = self.group_size
     if self.sampling == "poisson":
       return told
     told |= {"sampling": self.sampling, "num_examples": self.num_examples}
@@ -117,11 +125,33 @@ def distance(release: Releases, relation: str) -> float:
   Where one record leaves a truncated sample, another may enter it.
   """
   one = relation != "replace_one" and release.sampling == "poisson"
-  return 1.0 if one else 2.0
+  return (1.0 if one else 2.0) * release.group_size
+
+
+def group_event(release: Releases, size: int) -> dp_accounting.DpEvent:
+  """What a Poisson release is to a group of records that change together.
+
+  Of a group of k, Binomial(k, q) records are in a sample, and each moves the
+  sum by at most the sensitivity: a mixture of Gaussians (arXiv 2401.10294).
+
+  Args:
+    release: of one record.
+    size: k.
+  """
+  members = np.arange(size + 1)
+  chances = stats.binom.pmf(members, size, release.sampling_prob)
+  present = chances > 0
+  return dp_event.MixtureOfGaussiansDpEvent(
+    release.noise_multiplier,
+    members[present].astype(float).tolist(),
+    (chances[present] / chances[present].sum()).tolist(),
+  )
 
 
 def _single(release: Releases) -> dp_accounting.DpEvent:
   q, noise = release.sampling_prob, release.noise_multiplier
+  if release.group_size > 1:
+    return group_event(release, release.group_size)
   if release.sampling == "poisson":
     return dp_accounting.PoissonSampledDpEvent(
       q, dp_accounting.GaussianDpEvent(noise)

@@ -18,6 +18,7 @@ import numpy as np
 from dptrain.privacy import accounting
 from dptrain.privacy import calibration
 from dptrain.privacy import correlated_noise
+from dptrain.privacy import others as others_lib
 from dptrain.privacy import rounds
 from dptrain.privacy import schedule as schedule_lib
 from dptrain.privacy import settings as settings_lib
@@ -31,9 +32,13 @@ PrivacySettings = settings_lib.PrivacySettings
 class PrivacyPlan:
   """What a run will release, update by update; every field is public.
 
-  Formal guarantee: unit: one record of the training store. Neighbouring, by
-  `relation`: under "zero_out" corpora have the same public size N and differ in
-  one record, which one of them replaces by a record that contributes nothing
+  Formal guarantee: unit: one record of the training store; or one document or
+  user, of which at most `records_per_unit` records take part: then what is
+  sampled and clipped as one example is the unit (`data.units.UnitStore`), or,
+  with `unit_sampling` "records", single records, and groups of that size are
+  priced (`mechanisms.group_event`). "Record" below is the unit. Neighbouring,
+  by `relation`: under "zero_out" corpora have the same public size N and differ
+  in one record, which one of them replaces by a record that contributes nothing
   (REPLACE_SPECIAL of dp-accounting, arXiv 2103.00039); under "replace_one", by
   any other; under "add_or_remove_one" N is private, and `num_examples` a public
   estimate of it. Sensitivity: that of the clipping rule, as the most that one
@@ -73,6 +78,9 @@ class PrivacyPlan:
   bands: int
   public_num_examples: int | None
   unit: str
+  records_per_unit: int
+  unit_sampling: str
+  unit_name: str | None
   noise_coefficients: tuple[float, ...] | None = None
 
   @property
@@ -85,6 +93,11 @@ class PrivacyPlan:
     """Whether sampling lowers the price."""
     return self.sampling not in rounds.UNAMPLIFIED
 
+  @property
+  def group_size(self) -> int:
+    """Examples of one unit that are sampled on their own."""
+    return self.records_per_unit if self.unit_sampling == "records" else 1
+
   def sampling_prob(self, step: int) -> float:
     """Probability that an example which may take part in `step` does so."""
     return self._sampling_prob(self.expected_batch_size(step))
@@ -92,6 +105,13 @@ class PrivacyPlan:
   def expected_batch_size(self, step: int) -> int:
     """The public constant that the noisy sum of update `step` is divided by."""
     return self.schedule.expected_batch_size(step)
+
+  def participation_prob(self, step: int) -> float:
+    """Probability that a given example takes part in update `step`."""
+    size = self.expected_batch_size(step)
+    if self.sampling == "balls_in_bins":
+      return 1.0 / rounds.num_bins(size, self.num_examples)
+    return size / self.num_examples
 
   def truncated_batch_size(self, step: int) -> int:
     """The most records of update `step`, under "truncated_poisson"."""
@@ -108,6 +128,8 @@ class PrivacyPlan:
       step: an update of a branch.
       start: the branch's first update.
     """
+    if not rounds.several_updates(self.sampling):
+      return step
     numbers = self._rounds(start, None)
     return start + int(np.searchsorted(numbers, numbers[step - start]))
 
@@ -157,7 +179,7 @@ class PrivacyPlan:
       return accounting.Releases(
         count, prob, noise, self.sampling, self.num_examples
       )
-    return accounting.Releases(count, prob, noise)
+    return accounting.Releases(count, prob, noise, group_size=self.group_size)
 
   def _sampling_prob(self, size: int) -> float:
     if self.sampling == "cyclic_poisson" and self.bands > 1:
@@ -184,6 +206,7 @@ def make_plan(
   *,
   calibrated_noise: float | None = None,
   noise_coefficients: Sequence[float] | None = None,
+  others: Sequence[others_lib.OtherRelease] = (),
 ) -> PrivacyPlan:
   """Joins settings and corpus size; calibrates the noise if it is not given.
 
@@ -193,16 +216,18 @@ def make_plan(
     calibrated_noise: what an earlier start of the same run was calibrated to;
       read only if `settings` gives no noise multiplier.
     noise_coefficients: those that an earlier start of the same run found.
+    others: what else is released on the same corpus, within the same budget.
 
   Returns:
     The plan of the whole run.
 
   Raises:
-    ValueError: a phase expects more examples than there are, or no noise
-      reaches the target epsilon.
+    ValueError: a phase expects more examples than there are, no noise reaches
+      the target epsilon, or others leave nothing of it or of delta.
   """
   if num_examples < 1:
     raise ValueError(f"num_examples={num_examples}: the corpus is empty.")
+  left = others_lib.delta_left(others, settings.delta)
   num_examples = settings.public_num_examples or num_examples
   _check_sizes(settings, num_examples)
   if settings.delta >= 1 / num_examples:
@@ -232,13 +257,37 @@ def make_plan(
     return plan
   if settings.target_epsilon is None:
     raise ValueError("give noise_multiplier or target_epsilon.")
+  _check_others(settings, others)
+  paid = others_lib.releases(others)
   noise_multiplier = calibration.noise_multiplier(
-    lambda noise: dataclasses.replace(plan, noise_multiplier=noise).releases(),
+    lambda noise: [
+      *paid,
+      *dataclasses.replace(plan, noise_multiplier=noise).releases(),
+    ],
     settings.target_epsilon,
-    settings.delta,
+    left,
     settings.relation,
   )
   return dataclasses.replace(plan, noise_multiplier=noise_multiplier)
+
+
+def _check_others(
+  settings: PrivacySettings, others: Sequence[others_lib.OtherRelease]
+) -> None:
+  """Raises ValueError if they leave nothing of the budget."""
+  spent = accounting.epsilon(
+    others_lib.releases(others),
+    others_lib.delta_left(others, settings.delta),
+    settings.relation,
+  ).value
+  budget = settings.target_epsilon
+  if budget is not None and spent >= budget:
+    raise ValueError(
+      f"target_epsilon={budget:g} is spent before the first update:"
+      f" {'; '.join(other.what for other in others)}, which costs epsilon"
+      f" {spent:.4g} at the delta that is left. Raise target_epsilon, or learn"
+      " the vocabulary with a smaller --epsilon."
+    )
 
 
 def _check_sizes(settings: PrivacySettings, num_examples: int) -> None:
@@ -296,22 +345,24 @@ def metric_ranges(plan: Mapping[str, Any]) -> dict[str, float]:
   return found
 
 
-def differences(recorded: dict[str, Any], current: dict[str, Any]) -> list[str]:
-  """Names each field in which two plans (as plain data) differ.
+def completed(recorded: Mapping[str, Any]) -> dict[str, Any]:
+  """A recorded plan with the settings that came later, at their defaults."""
+  later = {
+    field.name: field.default
+    for field in dataclasses.fields(PrivacySettings)
+    if field.default is not dataclasses.MISSING
+  }
+  later["noise_coefficients"] = None
+  if recorded.get("private_metrics_share") is None:
+    later["private_metrics_max_loss"] = None
+    later["private_metrics_max_norm"] = None
+  return {**later, **recorded}
 
-  A setting that came later is taken to have had its default before.
-  """
-  defaults = {
-    field.name: field.default for field in dataclasses.fields(PrivacySettings)
-  }
-  recorded = {
-    **{
-      name: value
-      for name, value in current.items()
-      if value is None or value == defaults.get(name)
-    },
-    **recorded,
-  }
+
+def differences(recorded: dict[str, Any], current: dict[str, Any]) -> list[str]:
+  """Names each field in which two plans (as plain data) differ."""
+  later = completed(recorded)
+  recorded = {n: x for n, x in later.items() if n in recorded or n in current}
   return [
     f"{name} was {recorded.get(name)!r} and is now {current.get(name)!r}"
     for name in sorted({*recorded, *current})

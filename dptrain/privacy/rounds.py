@@ -19,6 +19,11 @@ UNAMPLIFIED = ("shuffled", "balls_in_bins")
 Whole = npt.NDArray[np.int64]
 
 
+def several_updates(sampling: str) -> bool:
+  """Whether a round may have more than one update."""
+  return sampling in (*UNAMPLIFIED, "cyclic_poisson")
+
+
 def numbers(
   sampling: str, sizes: Whole, num_examples: int, bands: int
 ) -> Whole:

@@ -6,6 +6,7 @@ from dptrain.privacy import accounting
 from dptrain.privacy import mechanisms
 from dptrain.privacy import schedule as schedule_lib
 
+UNITS = ("record", "document", "user")
 CLIPPING_RULES = ("flat", "normalized", "automatic")
 _SMALLEST_NORM = 1e-10  # as `clipping.rules.SMALLEST_NORM`
 
@@ -54,7 +55,14 @@ class PrivacySettings:
       "cyclic_poisson". 1: independent noise.
     public_num_examples: for "add_or_remove_one", where the number of records is
       private: a public estimate, from which sampling probabilities follow.
-    unit: the privacy unit, "record" (one fixed-length sequence).
+    unit: the privacy unit: "record" (one fixed-length sequence), "document" or
+      "user" (all that has one key in the corpus's feature "unit").
+    records_per_unit: k, how many records of a document or user take part at
+      most; the others are left out, by a secret choice.
+    unit_sampling: for documents and users: "units" (these are sampled, and a
+      unit's records make one gradient, that of the mean of their losses) or
+      "records" (records are sampled, and groups of k are priced).
+    unit_name: what the report calls the unit; None: a general name.
   """
 
   schedule: schedule_lib.BatchSchedule
@@ -76,6 +84,9 @@ class PrivacySettings:
   bands: int = 1
   public_num_examples: int | None = None
   unit: str = "record"
+  records_per_unit: int = 1
+  unit_sampling: str = "units"
+  unit_name: str | None = None
 
   def __post_init__(self) -> None:
     accounting.check_delta(self.delta)
@@ -108,7 +119,8 @@ class PrivacySettings:
     self._check_shares()
     for name, known in (
       ("clipping", CLIPPING_RULES),
-      ("unit", ("record",)),
+      ("unit", UNITS),
+      ("unit_sampling", ("units", "records")),
     ):
       value = getattr(self, name)
       if value not in known:
@@ -117,6 +129,26 @@ class PrivacySettings:
           f" {', '.join(map(repr, known))}."
         )
     self._check_sampling()
+    self._check_unit()
+
+  def _check_unit(self) -> None:
+    k = self.records_per_unit
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+      raise ValueError(
+        f"PrivacySettings.records_per_unit={k!r} must be a whole number >= 1."
+      )
+    if self.unit == "record" and k > 1:
+      raise ValueError(
+        f"PrivacySettings.records_per_unit={k} is for unit='document' or"
+        " 'user'; a record is one record."
+      )
+    grouped = self.unit_sampling == "records" and k > 1
+    if grouped and (self.sampling, self.relation) != ("poisson", "zero_out"):
+      raise ValueError(
+        "PrivacySettings.unit_sampling='records' is priced for"
+        " sampling='poisson' and relation='zero_out' only, not for"
+        f" {self.sampling!r} and {self.relation!r}; use unit_sampling='units'."
+      )
 
   def _check_sampling(self) -> None:
     mechanisms.check_priced(self.sampling, self.relation)
@@ -155,7 +187,8 @@ class PrivacySettings:
           " of records itself is public."
         )
       return
-    if number is None or isinstance(number, bool) or not number >= 1:
+    whole = isinstance(number, int) and not isinstance(number, bool)
+    if number is None or not whole or number < 1:
       raise ValueError(
         f"PrivacySettings.public_num_examples={number} must be a whole number"
         " >= 1 under relation='add_or_remove_one', where the true number of"

@@ -9,13 +9,12 @@ import dataclasses
 import math
 
 import dp_accounting
-from dp_accounting import dp_event
 from dp_accounting import pld
 from dp_accounting import rdp
 import numpy as np
-from scipy import stats
 
 from dptrain.privacy import accounting
+from dptrain.privacy import mechanisms
 
 GROUP_SIZES = (2, 4, 8, 16)
 _MAX_POINTS = 24
@@ -59,7 +58,10 @@ class TradeOff:
 
 
 def growth(
-  releases: Sequence[accounting.Releases], delta: float, relation: str
+  releases: Sequence[accounting.Releases],
+  delta: float,
+  relation: str,
+  others: Sequence[accounting.Releases] = (),
 ) -> Growth:
   """Epsilon over the updates, which are made in the order of `releases`.
 
@@ -70,18 +72,25 @@ def growth(
     releases: runs of equal releases, in order of time; not empty.
     delta: of all values.
     relation: a key of `accounting.RELATIONS`.
+    others: what was released before the first update.
   """
+  everything = [*others, *releases]
   neighbouring = accounting.RELATIONS[relation]
   orders = set(accounting.FEW_RDP_ORDERS)
-  has_rdp = accounting.has_rdp(releases, relation)
+  has_rdp = accounting.has_rdp(everything, relation)
   if has_rdp:
-    together = accounting.merged(releases)
+    together = accounting.merged(everything)
     orders |= set(accounting.near_orders(together, delta, relation))
   renyi = rdp.RdpAccountant(sorted(orders), neighbouring)
-  losses = _by_pld(releases, delta, relation)
+  losses = _by_pld(everything, delta, relation)
   made = Growth([], [], [], [])
-  before: list[accounting.Releases] = []
-  safe = accounting.delta_for_pld(releases, delta)
+  before = list(others)
+  safe = accounting.delta_for_pld(everything, delta)
+  if others:
+    event = accounting.event(others)
+    losses.compose(event)
+    if has_rdp:
+      renyi.compose(event)
   for part in _pieces(releases):
     event = accounting.event([part])
     if has_rdp:
@@ -90,7 +99,7 @@ def growth(
       made.by_rdp.append(float(renyi.get_epsilon(delta)))
     losses.compose(event)
     before.append(part)
-    made.updates.append(sum(r.count for r in before))
+    made.updates.append(sum(r.count for r in before[len(others) :]))
     made.by_pld.append(float(losses.get_epsilon(safe)))
     made.unamplified.append(
       accounting.epsilon_without_amplification(before, delta, relation)
@@ -103,6 +112,8 @@ def trade_off(
   epsilon: float,
   delta: float,
   relation: str,
+  *,
+  failure_prob: float = 0.0,
 ) -> TradeOff:
   """Delta over epsilon, and errors of type I against errors of type II.
 
@@ -111,12 +122,14 @@ def trade_off(
     epsilon: the quoted one; the curve reaches to twice that.
     delta: at which it is quoted.
     relation: a key of `accounting.RELATIONS`.
+    failure_prob: what of each delta pays for failures (`privacy.others`).
   """
   losses = _by_pld(releases, delta, relation)
   losses.compose(accounting.event(releases))
   epsilons = np.linspace(0.0, 2 * epsilon, _NUM_EPSILONS)
   deltas = np.array([float(losses.get_delta(float(e))) for e in epsilons])
-  deltas = np.minimum(deltas + accounting.pld_error(releases), 1.0)
+  deltas += accounting.pld_error(releases) + failure_prob
+  deltas = np.minimum(deltas, 1.0)
   alarms = np.concatenate(
     [np.geomspace(1e-4, 0.1, 40), np.linspace(0.1, 1, 50)]
   )
@@ -146,6 +159,8 @@ def covering_gaussian(
   epsilon: float,
   delta: float,
   relation: str,
+  *,
+  failure_prob: float = 0.0,
 ) -> float:
   """Epsilon, at `delta`, of a Gaussian mechanism that covers the releases.
 
@@ -158,6 +173,7 @@ def covering_gaussian(
     epsilon: the quoted one.
     delta: at which it is quoted.
     relation: a key of `accounting.RELATIONS`.
+    failure_prob: as in `trade_off`.
 
   Returns:
     At least `epsilon`: usually that itself. Infinity where PLD does not tell
@@ -169,7 +185,9 @@ def covering_gaussian(
     releases, relation
   ):
     return math.inf
-  curve = trade_off(releases, epsilon, delta, relation)
+  curve = trade_off(
+    releases, epsilon, delta, relation, failure_prob=failure_prob
+  )
   sigma = dp_accounting.get_sigma_gaussian(epsilon, delta)
   for at, least in zip(curve.epsilons, curve.deltas, strict=True):
     # Near the quoted epsilon two upper bounds of one thing differ a little.
@@ -210,7 +228,10 @@ def group_epsilons(
       continue
     losses = _by_pld(few, delta, relation, size)
     for release in few:
-      losses.compose(_of_group(release, size), release.count)
+      losses.compose(
+        mechanisms.group_event(release, size * release.group_size),
+        release.count,
+      )
     value = float(losses.get_epsilon(safe))
     limit = accounting.MAX_EPSILON_FOR_PLD
     found[size] = value if value <= limit else None
@@ -228,19 +249,6 @@ def _by_pld(
     tuple(accounting.merged(releases)), delta, relation, quick=True
   )
   return pld.PLDAccountant(accounting.RELATIONS[relation], coarser * grid)
-
-
-def _of_group(
-  release: accounting.Releases, size: int
-) -> dp_event.MixtureOfGaussiansDpEvent:
-  members = np.arange(size + 1)
-  chances = stats.binom.pmf(members, size, release.sampling_prob)
-  present = chances > 0
-  return dp_event.MixtureOfGaussiansDpEvent(
-    release.noise_multiplier,
-    members[present].astype(float).tolist(),
-    (chances[present] / chances[present].sum()).tolist(),
-  )
 
 
 def _rounded_up(

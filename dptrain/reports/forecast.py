@@ -11,6 +11,7 @@ from typing import Any
 
 from dptrain.privacy import accounting
 from dptrain.privacy import calibration
+from dptrain.privacy import others as others_lib
 from dptrain.privacy import plan as plan_lib
 from dptrain.privacy import schedule as schedule_lib
 from dptrain.reports import report
@@ -90,6 +91,7 @@ class Forecast:
     epochs: the same, over the corpus.
     model: what the model costs; None if unknown.
     alternatives: constant batches beside the plan, at equal epsilon.
+    others: what else is released on the corpus; part of every epsilon.
   """
 
   plan: plan_lib.PrivacyPlan
@@ -101,6 +103,7 @@ class Forecast:
   epochs: float
   model: ModelCost | None
   alternatives: list[Alternative]
+  others: tuple[others_lib.OtherRelease, ...] = ()
 
   def as_dict(self) -> dict[str, Any]:
     """Plain data for JSON."""
@@ -109,6 +112,7 @@ class Forecast:
     return dataclasses.asdict(self) | {
       "plan": self.plan.as_dict(),
       "epsilon": self.epsilon.as_dict(),
+      "others": [other.as_dict() for other in self.others],
       "epsilon_without_amplification": "inf"
       if unamplified == math.inf
       else unamplified,
@@ -146,6 +150,7 @@ class Forecast:
       ),
     ]
     rows += _metrics(self)
+    rows += [("vocabulary", "part of epsilon") for _ in self.others]
     if self.affordable_steps is not None:
       budget = f"epsilon {plan.target_epsilon:g}"
       rows.append(
@@ -171,6 +176,7 @@ def forecast(
   *,
   model: ModelCost | None = None,
   constant_batches: Sequence[int] = (),
+  others: Sequence[others_lib.OtherRelease] = (),
 ) -> Forecast:
   """Prices a plan and, beside it, constant batches at the same epsilon.
 
@@ -178,6 +184,7 @@ def forecast(
     plan: from `plan.make_plan`.
     model: for compute and memory.
     constant_batches: expected batch sizes to compare with, at most N each.
+    others: what else is released on the corpus, at the same delta.
 
   Returns:
     The forecast.
@@ -185,15 +192,17 @@ def forecast(
   Raises:
     ValueError: a batch to compare with exceeds the corpus.
   """
-  releases = list(plan.releases())
-  epsilon = accounting.epsilon(releases, plan.delta, plan.relation)
+  paid = others_lib.releases(others)
+  left = others_lib.delta_left(others, plan.delta)
+  releases = [*paid, *plan.releases()]
+  epsilon = accounting.epsilon(releases, left, plan.relation)
   affordable = None
   if plan.target_epsilon is not None:
     affordable = accounting.affordable_steps(
-      lambda n: plan.releases(0, n),
+      lambda n: [*paid, *plan.releases(0, n)],
       plan.num_steps,
       plan.target_epsilon,
-      plan.delta,
+      left,
       plan.relation,
     )
   segments = plan.schedule.segments()
@@ -210,14 +219,15 @@ def forecast(
         model.flops(examples) if model else None,
       ),
       *(
-        _constant(plan, size, epsilon.value, model) for size in constant_batches
+        _constant(plan, size, epsilon.value, model, others)
+        for size in constant_batches
       ),
     ]
   return Forecast(
     plan=plan,
     epsilon=epsilon,
     epsilon_without_amplification=accounting.epsilon_without_amplification(
-      releases, plan.delta, plan.relation
+      releases, left, plan.relation
     ),
     affordable_steps=affordable,
     phases=[
@@ -234,6 +244,7 @@ def forecast(
     epochs=examples / plan.num_examples,
     model=model,
     alternatives=alternatives,
+    others=tuple(others),
   )
 
 
@@ -266,7 +277,11 @@ def parse_phase(text: str) -> schedule_lib.Phase:
 
 
 def _constant(
-  plan: plan_lib.PrivacyPlan, size: int, budget: float, model: ModelCost | None
+  plan: plan_lib.PrivacyPlan,
+  size: int,
+  budget: float,
+  model: ModelCost | None,
+  others: Sequence[others_lib.OtherRelease],
 ) -> Alternative:
   if not 1 <= size <= plan.num_examples:
     raise ValueError(
@@ -278,11 +293,14 @@ def _constant(
   examples = size * steps
   try:
     noise = calibration.noise_multiplier(
-      lambda noise: dataclasses.replace(
-        plan, schedule=constant, noise_multiplier=noise
-      ).releases(),
+      lambda noise: [
+        *others_lib.releases(others),
+        *dataclasses.replace(
+          plan, schedule=constant, noise_multiplier=noise
+        ).releases(),
+      ],
       budget,
-      plan.delta,
+      others_lib.delta_left(others, plan.delta),
       plan.relation,
     )
   except ValueError:

@@ -5,6 +5,7 @@ import html
 from typing import Any
 
 from dptrain.privacy import accounting
+from dptrain.privacy import others as others_lib
 from dptrain.reports import curves
 from dptrain.reports import forecast as forecast_lib
 from dptrain.reports import page
@@ -78,7 +79,12 @@ def _growth(made: forecast_lib.Forecast) -> list[_Draw]:
   if made.epsilon.pld is None:
     return []
   releases = plan.releases()
-  growth = curves.growth(releases, plan.delta, plan.relation)
+  growth = curves.growth(
+    releases,
+    others_lib.delta_left(made.others, plan.delta),
+    plan.relation,
+    others_lib.releases(made.others),
+  )
   single = sum(r.count for r in releases) == plan.num_steps
   time = "updates" if single else "rounds"
 
@@ -211,6 +217,11 @@ def _assumptions(made: forecast_lib.Forecast) -> list[str]:
     f"Sampling, {report.SAMPLING_TEXT[plan.sampling]}.",
     *_ALWAYS_ASSUMED,
   ]
+  assumed += [
+    f"In every figure: {other.what}, as one release more, with"
+    f" {other.failure_prob:.3g} of delta for the choice of its words."
+    for other in made.others
+  ]
   if plan.bands > 1:
     assumed.append(
       f"Noise is correlated over {plan.bands} updates (BandMF, arXiv"
@@ -228,6 +239,13 @@ def _assumptions(made: forecast_lib.Forecast) -> list[str]:
       " not counted."
     )
   return assumed
+
+
+def _others(made: forecast_lib.Forecast) -> str:
+  return ", ".join(
+    f"<code>GaussianDpEvent({other.noise_multiplier:.6g})</code>"
+    for other in made.others
+  )
 
 
 def _again(made: forecast_lib.Forecast, command: Sequence[str]) -> str:
@@ -249,6 +267,11 @@ def _again(made: forecast_lib.Forecast, command: Sequence[str]) -> str:
     f" <code>NeighboringRelation.{accounting.RELATIONS[plan.relation].name}"
     "</code>."
   )
+  if made.others:
+    composed += (
+      f" Add {_others(made)}, and ask at delta"
+      f" {others_lib.delta_left(made.others, plan.delta):.6g}."
+    )
   return (
     f"<pre>{html.escape(typed)}</pre>"
     "<p>The same with <code>--format json</code> gives the figures."

@@ -18,11 +18,16 @@ from typing import Any
 from dptrain.privacy import accounting
 from dptrain.privacy import ledger as ledger_lib
 from dptrain.privacy import plan as plan_lib
+from dptrain.privacy import rounds
 
 TEXT_FILE = "privacy_report.txt"
 JSON_FILE = "privacy_report.json"
 
-UNITS = {"record": "one record: one fixed-length token sequence of the corpus"}
+UNITS = {
+  "record": "one record: one fixed-length token sequence of the corpus",
+  "document": "one document",
+  "user": "one user: everything of theirs in the corpus",
+}
 RELATION_TEXT = {
   "zero_out": (
     "zero-out: two corpora of the same public size that differ in one unit,"
@@ -93,6 +98,7 @@ class PrivacyReport:
     epsilon: the bound for everything released, with its accountant.
     epsilon_without_amplification: for comparison, every update priced as if it
       had read every record.
+    others: what was released beside the updates; priced with them.
     num_releases: updates released, over all branches.
     num_rounds: rounds of updates that they are priced by (`rounds`).
     branches: per branch: name, parent, fork step, updates.
@@ -110,6 +116,7 @@ class PrivacyReport:
   delta: float
   epsilon: accounting.Epsilon
   epsilon_without_amplification: float
+  others: list[dict[str, Any]]
   num_releases: int
   num_rounds: int
   branches: list[dict[str, Any]]
@@ -158,6 +165,8 @@ class PrivacyReport:
     metrics = ""
     if self.private_metrics["released"]:
       metrics = " the private metrics,"
+    if self.others:
+      metrics += " the vocabulary,"
     return (
       f"The trained parameters,{metrics} and every checkpoint of every branch,"
       f" together are ({rounded_up(self.epsilon.value)},"
@@ -184,7 +193,7 @@ class PrivacyReport:
       ("epsilon by RDP / PLD", f"{rdp} / {pld}"),
       (
         "without amplification",
-        f"{unamplified} (as if every update had read every record)",
+        f"{unamplified} ({self._unamplified()})",
       ),
       ("budget", "none" if budget is None else f"epsilon {budget:g}"),
       ("records", f"{plan['num_examples']:,}{self._estimated()}"),
@@ -192,7 +201,14 @@ class PrivacyReport:
       ("clipping", self._clipping()),
       ("noise multiplier", f"{plan['noise_multiplier']:g}{self._banded()}"),
       *self._metrics(),
+      *[("vocabulary", self._other(other)) for other in self.others],
     ]
+
+  def _other(self, other: dict[str, Any]) -> str:
+    return (
+      f"{other['what']}: its price is part of epsilon, and"
+      f" {other['failure_prob']:.3g} of delta pays for the choice of its words"
+    )
 
   def _metrics(self) -> list[tuple[str, str]]:
     told = self.private_metrics
@@ -212,6 +228,13 @@ class PrivacyReport:
         f" {ranges['gradient_norm']:g} times the clip norm",
       )
     ]
+
+  def _unamplified(self) -> str:
+    if self.plan["sampling"] in rounds.UNAMPLIFIED:
+      return "the same: none is claimed for this sampling"
+    if self.num_rounds != self.num_releases:
+      return "as if every round had read every record"
+    return "as if every update had read every record"
 
   def _estimated(self) -> str:
     private = self.plan["relation"] == "add_or_remove_one"
@@ -279,23 +302,25 @@ def make_report(ledger: ledger_lib.Ledger) -> PrivacyReport:
       f"{ledger.path} has no plan: nothing to report."
     )
   plan = ledger.header["plan"]
-  releases = ledger.releases()
+  releases, updates = ledger.releases(), ledger.update_releases()
+  left = ledger.delta_left(plan["delta"])
   return PrivacyReport(
     claim=not ledger.fixed_seed,
     plan=plan,
     clip_norm=_clip_norm(plan),
     private_metrics=private_metrics(plan),
-    unit=UNITS[plan["unit"]],
+    unit=_unit(plan),
     relation=RELATION_TEXT[plan["relation"]],
     delta=plan["delta"],
-    epsilon=accounting.epsilon(releases, plan["delta"], plan["relation"]),
+    epsilon=accounting.epsilon(releases, left, plan["relation"]),
     epsilon_without_amplification=accounting.epsilon_without_amplification(
-      releases, plan["delta"], plan["relation"]
+      releases, left, plan["relation"]
     ),
+    others=[other.as_dict() for other in ledger.others],
     num_releases=sum(
       ledger.num_releases(branch.name) for branch in ledger.branches
     ),
-    num_rounds=sum(release.count for release in releases),
+    num_rounds=sum(release.count for release in updates),
     branches=[
       {
         "name": branch.name,
@@ -305,7 +330,7 @@ def make_report(ledger: ledger_lib.Ledger) -> PrivacyReport:
       }
       for branch in ledger.branches
     ],
-    schedule=[dataclasses.asdict(release) for release in releases],
+    schedule=[dataclasses.asdict(release) for release in updates],
     unprotected=[
       *ledger.unprotected,
       *([] if plan["relation"] == "add_or_remove_one" else [_PUBLIC_NUMBER]),
@@ -313,6 +338,18 @@ def make_report(ledger: ledger_lib.Ledger) -> PrivacyReport:
     ],
     versions=versions(),
   )
+
+
+def _unit(plan: dict[str, Any]) -> str:
+  """The privacy unit in words."""
+  named = plan.get("unit_name") or UNITS[plan["unit"]]
+  if plan["unit"] == "record":
+    return named
+  k = plan["records_per_unit"]
+  told = f"{named} (of which at most {k} records of fixed length take part"
+  if plan["unit_sampling"] == "units":
+    return f"{told}, as one example)"
+  return f"{told}, each sampled on its own; groups of {k} are priced)"
 
 
 def _clip_norm(plan: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from dptrain.privacy import accounting
 from dptrain.privacy import ledger as ledger_lib
 from dptrain.privacy import mechanisms
+from dptrain.privacy import others as others_lib
 from dptrain.reports import curves
 from dptrain.reports import page
 from dptrain.reports import released_metrics
@@ -41,9 +42,10 @@ def make_page(
     page.terms(made.facts()),
   ]
   if releases and made.epsilon.pld is not None:
-    parts += _figures(made, releases, relation)
-    # Of a group, one record's updates may border on another's.
-    alone = made.plan.get("bands", 1) == 1
+    parts += _figures(made, ledger, releases)
+    # Of a group, one record's updates may border on another's, and a word
+    # that all of them hold is no longer one unit's.
+    alone = made.plan.get("bands", 1) == 1 and not ledger.others
     if alone and curves.prices_groups(releases, relation):
       parts.append(_groups(made, releases, relation))
   parts += _learning(released_metrics.of_last_branch(ledger, metrics))
@@ -71,11 +73,21 @@ def _in_order(ledger: ledger_lib.Ledger) -> list[accounting.Releases]:
 
 def _figures(
   made: report_lib.PrivacyReport,
+  ledger: ledger_lib.Ledger,
   releases: list[accounting.Releases],
-  relation: str,
 ) -> list[str]:
-  growth = curves.growth(releases, made.delta, relation)
-  trade = curves.trade_off(releases, made.epsilon.value, made.delta, relation)
+  relation = made.plan["relation"]
+  others = others_lib.releases(ledger.others)
+  growth = curves.growth(
+    releases, ledger.delta_left(made.delta), relation, others
+  )
+  trade = curves.trade_off(
+    [*others, *releases],
+    made.epsilon.value,
+    made.delta,
+    relation,
+    failure_prob=others_lib.failure_prob(ledger.others),
+  )
 
   def spent(axes: Any) -> None:
     axes.plot(growth.updates, growth.by_pld, label="PLD")
@@ -217,12 +229,23 @@ def _checking(made: report_lib.PrivacyReport) -> str:
     " the ledger holds one update's sampling and noise multiplier, the round"
     " that it belongs to if it shares one, and the hash of the line before it."
     f" To recompute epsilon without dptrain, compose for each row of the table"
-    f" {events} that many times with dp_accounting's"
+    f" {events} that many times{_others(made)} with dp_accounting's"
     f" <code>{_BY[made.epsilon.accountant]}</code>"
     f" ({html.escape(made.epsilon.settings)}) under"
     f" <code>NeighboringRelation.{named}</code>.</p>"
     f'<p class="small">Computed by {html.escape(versions)}.</p>'
   )
+
+
+def _others(made: report_lib.PrivacyReport) -> str:
+  told = "".join(
+    f", <code>GaussianDpEvent({other['noise_multiplier']:.6g})</code> once"
+    for other in made.others
+  )
+  failing = sum(other["failure_prob"] for other in made.others)
+  if not told:
+    return ""
+  return f"{told}, all at delta {made.delta:g} less {failing:g},"
 
 
 _BY = {

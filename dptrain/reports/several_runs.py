@@ -8,6 +8,7 @@ from typing import Any
 
 from dptrain.privacy import accounting
 from dptrain.privacy import ledger as ledger_lib
+from dptrain.privacy import others as others_lib
 from dptrain.reports import report as report_lib
 
 
@@ -119,14 +120,21 @@ def make_joint_report(
   relation = some.plan["relation"]
   delta = max(report.delta for report in reports.values())
   alone = {
-    name: accounting.epsilon(ledger.releases(), delta, relation).value
+    name: accounting.epsilon(
+      ledger.releases(), ledger.delta_left(delta), relation
+    ).value
     for name, ledger in ledgers.items()
   }
   if disjoint:
     epsilon = max(alone.values())
   else:
-    everything = [r for ledger in ledgers.values() for r in ledger.releases()]
-    epsilon = accounting.epsilon(everything, delta, relation).value
+    # One vocabulary that several runs were given was released once.
+    others = dict.fromkeys(o for each in ledgers.values() for o in each.others)
+    everything = others_lib.releases(list(others))
+    for ledger in ledgers.values():
+      everything += ledger.update_releases()
+    left = others_lib.delta_left(list(others), delta)
+    epsilon = accounting.epsilon(everything, left, relation).value
   told = [text for report in reports.values() for text in report.unprotected]
   return JointReport(
     claim=all(report.claim for report in reports.values()),

@@ -409,7 +409,10 @@ class _EpsilonMeter:
     if not now and begin - self._at < 20 * self._cost:
       return None
     value = accounting.epsilon(
-      ledger.releases(), self._delta, self._relation, quick=not now
+      ledger.releases(),
+      ledger.delta_left(self._delta),
+      self._relation,
+      quick=not now,
     ).value
     self._at = time.monotonic()
     self._cost = self._at - begin

@@ -1,14 +1,16 @@
 """What is trained: masking and model joined into per-example losses.
 
-Shapes: B batch, T length.
+Shapes: B batch, k records of one unit, T length.
 """
 
 import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from dptrain.data import masking
+from dptrain.data import special_tokens
 from dptrain.models import masked_lm
 
 
@@ -37,9 +39,10 @@ class Objective:
 
     Args:
       params: of the model.
-      batch: "tokens" [B, T] int32; "example_ids" [B] int32, if there, is passed
-        on to the model, which may know some examples by their numbers (an
-        audit's canaries); other entries are not read.
+      batch: "tokens" [B, T] int32, or [B, k, T] where an example is a unit of k
+        records at most, others being all padding; "example_ids" [B] int32, if
+        there, is passed on to the model, which may know some examples by their
+        numbers (an audit's canaries); other entries are not read.
       keys: typed PRNG keys [B]; entry i of the result depends on row i and key
         i only.
 
@@ -47,8 +50,25 @@ class Objective:
       Losses [B] and a dictionary of [B] arrays, see
       `masked_lm.MaskedLanguageModel.losses`.
     """
+    if batch["tokens"].ndim == 3:
+      return self._losses_of_units(params, batch, keys)
     pairs = jax.vmap(jax.random.split)(keys)
     masked = self.mask(batch, pairs[:, 0])
     if "example_ids" in batch:
       masked["example_ids"] = batch["example_ids"]
     return self.model.losses(params, masked, pairs[:, 1])
+
+  def _losses_of_units(
+    self, params: Any, batch: Any, keys: jax.Array
+  ) -> tuple[jax.Array, Any]:
+    """As `losses`; a unit's loss is the mean over its records."""
+    tokens = batch["tokens"]
+    units, size, length = tokens.shape
+    keys = jax.vmap(lambda key: jax.random.split(key, size))(keys)
+    flat = {"tokens": tokens.reshape(units * size, length)}
+    losses, aux = self.losses(params, flat, keys.reshape(units * size))
+    there = jnp.any(tokens != special_tokens.PAD_ID, axis=-1)
+    count = jnp.maximum(jnp.sum(there, axis=-1), 1)
+    means = jnp.sum(losses.reshape(units, size) * there, axis=-1) / count
+    sums = jax.tree.map(lambda x: x.reshape(units, size).sum(axis=-1), aux)
+    return means, sums

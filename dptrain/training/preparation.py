@@ -19,6 +19,7 @@ from dptrain.privacy import keys as keys_lib
 from dptrain.privacy import ledger as ledger_lib
 from dptrain.privacy import plan as plan_lib
 from dptrain.training import evaluation as evaluation_lib
+from dptrain.training import examples as examples_lib
 from dptrain.training import lineage as lineage_lib
 from dptrain.training import mesh as mesh_lib
 from dptrain.training import numerics
@@ -34,7 +35,7 @@ class Preparation(NamedTuple):
   Attributes:
     plan: the privacy plan; sampler, noise and accountant read it.
     seed: where all keys come from.
-    store: the training records. PRIVATE.
+    store: what is sampled: training records, or units of them. PRIVATE.
     evaluator: the validation split under fixed masks; None without one.
     objective: masking and model.
     step: the private step.
@@ -48,7 +49,7 @@ class Preparation(NamedTuple):
 
   plan: plan_lib.PrivacyPlan
   seed: keys_lib.SecretSeed
-  store: store_lib.Store
+  store: store_lib.Examples
   evaluator: evaluation_lib.Evaluator | None
   objective: objective_lib.Objective
   step: step_lib.PrivateStep
@@ -134,14 +135,20 @@ def prepare(
       run, directory, started=bool(ledger.header)
     )
   records_lib.check_records(run, records)
-  store, validation = records.train, records.validation
-  batches.check_physical_batch(store.num_examples, run.physical_batch_size)
+  records_store, validation = records.train, records.validation
+  store = examples_lib.of_run(run, records_store, validation, seed)
+  if (
+    run.privacy.relation != "add_or_remove_one"
+  ):  # else their number is private
+    batches.check_physical_batch(store.num_examples, run.physical_batch_size)
   recorded = ledger.header.get("plan", {})
+  others = records.others(run.privacy)
   plan = plan_lib.make_plan(
     run.privacy,
     store.num_examples,
     calibrated_noise=recorded.get("noise_multiplier"),
     noise_coefficients=recorded.get("noise_coefficients"),
+    others=others,
   )
   corpus_fingerprint = seed.fingerprint(store.content_digest())
   ledger.start(
@@ -150,11 +157,13 @@ def prepare(
     seed=seed.digest("identity").hex(),
     fixed_seed=seed.fixed,
   )
-  _declare_unprotected(run, ledger, validation)
+  for other in others:
+    ledger.record_other(other)
+  _declare_unprotected(run, ledger, records)
   for what in records.unprotected:
     ledger.declare_unprotected(what)
   objective = objective_lib.Objective(run.model, run.masking)
-  batch = _batch_shapes(run)
+  batch = _batch_shapes(run, store.record_shape)
   params = jax.eval_shape(objective.model.init, seed.key("shapes", branch=""))
   clipping = methods.choose(
     objective.losses,
@@ -206,10 +215,12 @@ def prepare(
   )
 
 
-def _batch_shapes(run: run_lib.TrainingRun) -> dict[str, jax.ShapeDtypeStruct]:
+def _batch_shapes(
+  run: run_lib.TrainingRun, record_shape: tuple[int, ...]
+) -> dict[str, jax.ShapeDtypeStruct]:
   size = run.physical_batch_size
   return {
-    "tokens": jax.ShapeDtypeStruct((size, run.sequence_length), "int32"),
+    "tokens": jax.ShapeDtypeStruct((size, *record_shape), "int32"),
     "example_ids": jax.ShapeDtypeStruct((size,), "int32"),
     "is_padding": jax.ShapeDtypeStruct((size,), "bool"),
   }
@@ -244,9 +255,21 @@ def _metrics(
 def _declare_unprotected(
   run: run_lib.TrainingRun,
   ledger: ledger_lib.Ledger,
-  validation: store_lib.Store | None,
+  records: records_lib.Records,
 ) -> None:
-  if run.vocabulary.path is None:
+  release = records.vocabulary_release
+  if release is not None and release.fixed_seed:
+    ledger.declare_unprotected(
+      "The vocabulary was learned under a seed that is known to others: its"
+      " pieces may reveal words of the corpus."
+    )
+  elif release is not None:
+    if run.privacy.unit == "record":
+      ledger.declare_unprotected(
+        "Where records begin and end follows from the vocabulary; the guarantee"
+        " for one record takes its place in its document as given."
+      )
+  elif run.vocabulary.path is None:
     ledger.declare_unprotected(
       "The vocabulary was learned from the training text without noise: its"
       " pieces may reveal words of the corpus."
@@ -256,7 +279,7 @@ def _declare_unprotected(
       "The vocabulary was given; if it was learned from this corpus, its pieces"
       " may reveal words of it."
     )
-  if validation is not None:
+  if records.validation is not None:
     ledger.declare_unprotected(
       "The validation records: accuracy and loss on them are published exactly."
     )

@@ -1,12 +1,16 @@
 """The records that a run trains on: read from its task, prepared, or given."""
 
 import pathlib
+import shutil
 from typing import NamedTuple
 
 from dptrain.data import corpus
 from dptrain.data import prepared as prepared_lib
+from dptrain.data import private_vocabulary
 from dptrain.data import store as store_lib
 from dptrain.data import vocabulary as vocabulary_lib
+from dptrain.privacy import others as others_lib
+from dptrain.privacy import settings as settings_lib
 from dptrain.training import run as run_lib
 
 VOCABULARY_FILE = "vocabulary.model"
@@ -22,6 +26,8 @@ class Records(NamedTuple):
     vocabulary_fingerprint: names the vocabulary.
     unprotected: what the ledger shall tell of these records, as outside the
       guarantee.
+    vocabulary_release: what learning the vocabulary released; None if that is
+      unknown or nothing.
   """
 
   train: store_lib.Store
@@ -29,6 +35,20 @@ class Records(NamedTuple):
   vocabulary_size: int
   vocabulary_fingerprint: str
   unprotected: tuple[str, ...] = ()
+  vocabulary_release: private_vocabulary.VocabularyRelease | None = None
+
+  def others(
+    self, privacy: settings_lib.PrivacySettings
+  ) -> tuple[others_lib.OtherRelease, ...]:
+    """What is to be priced beside the updates.
+
+    Raises:
+      ValueError: the vocabulary protects a smaller unit than `privacy.unit`.
+    """
+    release = self.vocabulary_release
+    if release is None or release.fixed_seed:
+      return ()
+    return (release.other(privacy.unit, privacy.relation),)
 
 
 def read_records(
@@ -64,6 +84,9 @@ def read_records(
     else None,
     vocabulary_size=vocabulary.size,
     vocabulary_fingerprint=vocabulary.fingerprint,
+    vocabulary_release=private_vocabulary.read_release(
+      directory / VOCABULARY_FILE
+    ),
   )
 
 
@@ -121,7 +144,18 @@ def _prepared_records(
         f" than VocabularySettings.path={run.vocabulary.path!r}: give that one,"
         " or prepare again in another folder."
       )
-  _keep(vocabulary, directory, started, f"TrainingRun.prepared={name!r}")
+  # Either may be the one that has the papers of a private vocabulary.
+  places = [folder / VOCABULARY_FILE, run.vocabulary.path]
+  source = next(
+    (
+      place
+      for place in places
+      if place is not None and private_vocabulary.release_path(place).exists()
+    ),
+    folder / VOCABULARY_FILE,
+  )
+  setting = f"TrainingRun.prepared={name!r}"
+  _keep(vocabulary, source, directory, started, setting)
   run.model.check(run.sequence_length, vocabulary.size)
   stores = {
     split: prepared_lib.PreparedStore(folder, split)
@@ -135,20 +169,25 @@ def _prepared_records(
     validation=stores[run.validation_split] if run.validation_split else None,
     vocabulary_size=vocabulary.size,
     vocabulary_fingerprint=vocabulary.fingerprint,
+    vocabulary_release=private_vocabulary.read_release(
+      directory / VOCABULARY_FILE
+    ),
   )
 
 
 def _keep(
   vocabulary: vocabulary_lib.Vocabulary,
+  source: str | pathlib.Path,
   directory: pathlib.Path,
   started: bool,
   setting: str,
 ) -> None:
-  """Copies the vocabulary to MODEL_DIR, or checks that it is there."""
+  """Copies the vocabulary and its papers to MODEL_DIR, or finds it there."""
   kept = directory / VOCABULARY_FILE
   # A start that was refused may have left one made under other settings.
   if not (started and kept.exists()):
     vocabulary.save(kept)
+    copy_release(source, kept)
   elif vocabulary_lib.load_vocabulary(kept).fingerprint != (
     vocabulary.fingerprint
   ):
@@ -180,7 +219,7 @@ def _vocabulary(
   if given is not None:
     vocabulary = vocabulary_lib.load_vocabulary(given)
     setting = f"VocabularySettings.path={given!r}"
-    _keep(vocabulary, directory, started, setting)
+    _keep(vocabulary, given, directory, started, setting)
     return vocabulary
   # A start that was refused may have left one made under other settings.
   if started and kept.exists():
@@ -188,9 +227,25 @@ def _vocabulary(
     _check_size(run, vocabulary, f"{directory} was started")
     return vocabulary
   documents = corpus.read_documents(run.task, run.train_split)
+  private_vocabulary.release_path(kept).unlink(missing_ok=True)
   return vocabulary_lib.train_vocabulary(
     (document.text for document in documents), run.vocabulary, kept
   )
+
+
+def copy_release(given: str | pathlib.Path, kept: pathlib.Path) -> None:
+  """Keeps what was released with a vocabulary beside its copy.
+
+  Args:
+    given: the vocabulary's file.
+    kept: its copy.
+  """
+  told = private_vocabulary.release_path(given)
+  beside = private_vocabulary.release_path(kept)
+  if told.exists():
+    shutil.copyfile(told, beside)
+  else:
+    beside.unlink(missing_ok=True)
 
 
 def _read_store(

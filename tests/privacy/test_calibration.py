@@ -100,3 +100,25 @@ def test_the_best_order_is_found_among_all_of_them(releases):
   assert accounting.best_rdp(releases, *asked) == accounting.rdp_bound(
     releases, *asked, accounting.RDP_ORDERS
   )
+
+
+def test_the_papers_schedule_at_its_epsilon():
+  """Of arXiv 2108.01624: 262,144 to 1,048,576 in 7,500 of 20,000 updates."""
+
+  def cost(noise):
+    settings = plan_lib.PrivacySettings(
+      schedule=schedule.BatchSchedule(
+        [
+          schedule.Phase(262_144, 1_048_576, 7_500),
+          schedule.Phase(1_048_576, 1_048_576, 20_000),
+        ]
+      ),
+      delta=2.89e-9,
+      noise_multiplier=noise,
+    )
+    made = plan_lib.make_plan(settings, 346_000_000)
+    assert len(made.releases()) == 63  # the ramp ends at the last size
+    return accounting.epsilon(made.releases(), made.delta).value
+
+  # Between the constant batches of the table: 0.580 and 0.801.
+  assert cost(0.768) <= 5.36 < cost(0.767)

@@ -82,6 +82,15 @@ def test_sums_of_correlated_noise_are_smaller(banded):
   assert together < 0.5 * alone
 
 
+def test_products_are_not_rounded_as_accelerators_like_to(banded):
+  """At a lower precision, C^-1 would depend on the data it hides."""
+  like = jax.ShapeDtypeStruct((7,), "float32")
+  text = jax.jit(banded.next).lower(like, banded.begin(like)).as_text()
+  assert "dot_general" in text
+  assert "HIGHEST" in text
+  assert "DEFAULT" not in text
+
+
 def test_no_updates_noise_spreads_further_than_stated(banded):
   rows = np.linalg.inv(strategy(banded.coefficients))
   found = banded.largest_stddev(STEPS)

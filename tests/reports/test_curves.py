@@ -24,6 +24,23 @@ def test_growth_ends_at_what_is_quoted():
   assert len(grown.updates) <= 30
 
 
+def test_growth_begins_above_what_was_released_before():
+  before = [Releases(1, 1.0, 2.0)]
+  grown = curves.growth(RELEASES, DELTA, "zero_out", before)
+  quoted = accounting.epsilon([*before, *RELEASES], DELTA, quick=True)
+  assert grown.updates[-1] == 45
+  assert grown.by_pld[-1] == pytest.approx(quoted.pld, rel=1e-6)
+  assert grown.by_rdp[-1] == pytest.approx(quoted.rdp, rel=1e-9)
+  assert grown.by_pld[0] > accounting.epsilon(before, DELTA).value
+
+
+def test_failures_are_part_of_every_delta():
+  without = curves.trade_off(RELEASES, 3.0, DELTA, "zero_out")
+  made = curves.trade_off(RELEASES, 3.0, DELTA, "zero_out", failure_prob=2e-6)
+  np.testing.assert_allclose(np.array(made.deltas) - without.deltas, 2e-6)
+  assert np.all(np.array(made.type_2) <= without.type_2)
+
+
 def test_the_trade_off_of_one_gaussian_is_the_closed_form():
   noise = 2.0
   made = curves.trade_off([Releases(1, 1.0, noise)], 3.0, DELTA, "zero_out")
@@ -114,13 +131,13 @@ def mu_of(epsilon, delta):
 def test_a_claim_with_a_heavy_middle_takes_a_larger_gaussian(monkeypatch):
   # (0, 0.3)-DP and (3, 1e-5)-DP: the Gaussian of the latter has less at 0.
   curve = curves.TradeOff([0.0, 3.0], [0.3, DELTA], [], [])
-  monkeypatch.setattr(curves, "trade_off", lambda *_: curve)
+  monkeypatch.setattr(curves, "trade_off", lambda *_, **__: curve)
   found = curves.covering_gaussian(RELEASES, 3.0, DELTA, "zero_out")
   assert found > 3.2
   assert delta_of_gaussian(0.0, mu_of(found, DELTA)) == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 60.0, np.inf])
-def test_without_a_curve_the_quoted_epsilon_is_taken(epsilon):
+def test_without_a_curve_nothing_is_refuted(epsilon):
   found = curves.covering_gaussian(RELEASES, epsilon, DELTA, "zero_out")
-  assert found == epsilon
+  assert found == (np.inf if epsilon else 0.0)

@@ -5,6 +5,7 @@ import pytest
 
 from dptrain.privacy import accounting
 from dptrain.privacy import ledger as ledger_lib
+from dptrain.privacy import others
 from dptrain.privacy import plan as plan_lib
 from dptrain.privacy import schedule
 from dptrain.reports import released_metrics
@@ -22,6 +23,7 @@ def page(
   named="",
   share=None,
   metrics=(),
+  beside=(),
 ):
   settings = plan_lib.PrivacySettings(
     schedule=schedule.constant(50, steps),
@@ -41,6 +43,8 @@ def page(
     )
     for step in range(steps if done is None else done):
       ledger.record(branch.name, step, accounting.Releases(1, 0.05, noise))
+    for other in beside:
+      ledger.record_other(other)
     if named:
       ledger.declare_unprotected(named)
   ledger = ledger_lib.read(folder)
@@ -60,6 +64,21 @@ def test_says_what_the_text_report_says(tmp_path):
   assert reader.count("svg") == 5
   for size in (2, 4, 8, 16):
     assert f"{size} records" in words
+
+
+def test_a_private_vocabulary_is_in_the_figures(tmp_path):
+  other = others.OtherRelease("the vocabulary was learned", "abc", 4.0, 6e-6)
+  reader, made = page(tmp_path, beside=[other])
+  words = reader.words()
+  assert "the vocabulary was learned: its price is part of epsilon" in words
+  assert "GaussianDpEvent(4)" in words
+  assert "all at delta 1e-05 less 6e-06" in words
+  assert reader.count("svg") == 5
+  assert "2 records" not in words  # no bound for groups
+  assert made.epsilon == accounting.epsilon(
+    [accounting.Releases(1, 1.0, 4.0), accounting.Releases(20, 0.05, 1.5)],
+    4e-6,
+  )
 
 
 def test_asks_nobody(tmp_path):

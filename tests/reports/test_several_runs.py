@@ -7,6 +7,7 @@ import pytest
 from dptrain import cli
 from dptrain.privacy import accounting
 from dptrain.privacy import ledger as ledger_lib
+from dptrain.privacy import others
 from dptrain.privacy import plan as plan_lib
 from dptrain.privacy import schedule
 from dptrain.privacy.accounting import Releases
@@ -106,3 +107,22 @@ def test_on_the_command_line(tmp_path, capsys):
   for wrong in ([names[0], names[0]], [*names, "--format=html"]):
     assert cli.main(["report", *wrong]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_one_vocabulary_of_several_runs_is_paid_once(tmp_path):
+  vocabulary = others.OtherRelease("the vocabulary", "abc", 3.0, 4e-6)
+  ledgers = {}
+  for name in ("a", "b"):
+    run(tmp_path / name)
+    with ledger_lib.opened(tmp_path / name) as ledger:
+      ledger.record_other(vocabulary)
+      if name == "b":
+        ledger.record_other(vocabulary._replace(name="def"))
+    ledgers[name] = ledger_lib.read(tmp_path / name)
+  updates = Releases(10, 0.05, 1.5)
+  made = several_runs.make_joint_report(ledgers)
+  everything = [updates, updates, *[Releases(1, 1.0, 3.0)] * 2]
+  expected = accounting.epsilon(everything, 1e-5 - 8e-6).value
+  assert made.epsilon == pytest.approx(expected, rel=1e-9)
+  alone = accounting.epsilon([updates, Releases(1, 1.0, 3.0)], 1e-5 - 4e-6)
+  assert made.runs["a"] == pytest.approx(alone.value, rel=1e-9)

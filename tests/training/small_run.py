@@ -125,6 +125,7 @@ def make_run(
   rate=1e-2,
   width=16,
   max_length=LENGTH,
+  vocab_size=VOCABULARY,
   fixed_seed=7,
   mesh=None,
   **settings,
@@ -137,7 +138,9 @@ def make_run(
   return run_lib.TrainingRun(
     model_dir=str(model_dir),
     task="not read",
-    model=QuickModel(model(width, max_length=max_length).bert),
+    model=QuickModel(
+      model(width, max_length=max_length, vocab_size=vocab_size).bert
+    ),
     privacy=plan.PrivacySettings(
       schedule=schedule.BatchSchedule(
         [

@@ -224,8 +224,8 @@ def test_a_run_that_is_cut_off_resumes_with_its_clip_norm(tmp_path):
   loop.train(adaptive_run(whole), small_run.records())
   record = ledger_lib.Ledger.record
 
-  def cut_off(self, branch, step, release):
-    record(self, branch, step, release)
+  def cut_off(self, branch, step, *rest):
+    record(self, branch, step, *rest)
     if step == 4:
       raise RuntimeError("cut off")
 
