@@ -1,4 +1,4 @@
-"""The command line: `dptrain train`, `prepare`, `plan`, `report`, and so on."""
+"""The command line: train, prepare, vocab, plan, report, audit."""
 
 import argparse
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """Registers a seqio task of raw documents.
 
-A corpus is a function from a split's name to (source, text) pairs; this module
-turns it into a seqio task whose examples hold the scalar string features "text"
-and "source", which `dptrain.data.corpus.read_documents` reads.
+A corpus is a function from a split's name to (source, text) pairs, or to
+(source, text, document, unit); this module turns it into a seqio task whose
+examples hold the scalar string features that `dptrain.data.corpus` reads.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from dptrain.data import seqio_import
 
 TRAIN: Final = "train"
 VALIDATION: Final = "validation"
+_FEATURES: Final = ("source", "text", "document", "unit")
 
 
 def add_task(
   name: str,
-  documents: Callable[[str], Iterable[tuple[str, str]]],
+  documents: Callable[[str], Iterable[tuple[str, ...]]],
   splits: Sequence[str] = (TRAIN, VALIDATION),
 ) -> str:
   """Adds a task of raw documents to seqio's registry.
@@ -30,8 +31,9 @@ def add_task(
   Args:
     name: the task's name: letters, digits, "_", ".", ":" and "#".
     documents: called with a split's name when a dataset of it is opened;
-      returns (source, text) pairs that can be iterated over more than once.
-      What the call raises reaches the reader unchanged.
+      returns pairs (source, text), or quadruples with the keys of document and
+      unit behind, that can be iterated over more than once. What the call
+      raises reaches the reader unchanged.
     splits: the names of the splits.
 
   Returns:
@@ -43,7 +45,7 @@ def add_task(
 
 def _add(
   name: str,
-  documents: Callable[[str], Iterable[tuple[str, str]]],
+  documents: Callable[[str], Iterable[tuple[str, ...]]],
   splits: Sequence[str],
 ) -> None:
   """Adds the task to seqio's registry."""
@@ -56,7 +58,7 @@ def _add(
     scalar = tensorflow.TensorSpec((), tensorflow.string)
     return tensorflow.data.Dataset.from_generator(
       lambda: _examples(pairs),
-      output_signature={"text": scalar, "source": scalar},
+      output_signature=dict.fromkeys(_FEATURES, scalar),
     )
 
   string = seqio.Feature(
@@ -70,7 +72,7 @@ def _add(
     name,
     source=seqio.FunctionDataSource(dataset, splits=splits),
     preprocessors=[],
-    output_features={"text": string, "source": string},
+    output_features=dict.fromkeys(_FEATURES, string),
   )
 
 
@@ -90,11 +92,14 @@ def stable_fraction(key: str) -> float:
   return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
 
 
-def _examples(pairs: Iterable[tuple[str, str]]) -> Iterator[dict[str, bytes]]:
-  """Turns (source, text) pairs into seqio examples."""
-  for source, text in pairs:
+def _examples(
+  pairs: Iterable[tuple[str, ...]],
+) -> Iterator[dict[str, bytes]]:
+  """Turns documents into seqio examples."""
+  for values in pairs:
+    told = dict(zip(_FEATURES, (*values, "", ""), strict=False))
     # Python strings may hold lone surrogates, which UTF-8 cannot.
     yield {
-      "text": text.encode("utf-8", errors="replace"),
-      "source": source.encode("utf-8", errors="replace"),
+      name: value.encode("utf-8", errors="replace")
+      for name, value in told.items()
     }

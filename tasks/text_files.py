@@ -29,12 +29,15 @@ def register(
   validation_fraction: float = 0.05,
   passage_chars: int = 20_000,
   encoding_errors: str = "strict",
+  unit: str | None = None,
+  split_by: str = "passage",
 ) -> str:
   """Registers text files as a seqio task, after reading them through once.
 
   The validation split takes each passage whose stable hash of (path below the
   glob's fixed part, passage number) is under `validation_fraction`, and at
-  least one passage; a single big file is thus divided as well. Registering the
+  least one passage; a single big file is thus divided as well. With `split_by`
+  it is whole files, or all files of a user, that are divided. Registering the
   same arguments again looks at the files anew and replaces the task.
 
   Args:
@@ -46,6 +49,11 @@ def register(
       end, unless the line itself is longer: then it is cut there.
     encoding_errors: "strict" refuses bytes that are not UTF-8; "replace" reads
       them as U+FFFD; "ignore" skips them.
+    unit: a regular expression with one group, which finds the user in a file's
+      path (below the glob's fixed part); None if users are not known. For
+      PrivacySettings.unit="user".
+    split_by: "passage", "document" (a file) or "unit": what is in one split
+      with all its text. Choose what PrivacySettings.unit protects.
 
   Returns:
     The task's name, a function of the arguments.
@@ -60,6 +68,8 @@ def register(
     validation_fraction=validation_fraction,
     passage_chars=passage_chars,
     encoding_errors=encoding_errors,
+    unit=unit,
+    split_by=split_by,
   )
   found = tuple(_find_files(corpus.globs))
   lowest = _survey(corpus, found)
@@ -79,6 +89,8 @@ class _TextFiles:
   validation_fraction: float
   passage_chars: int
   encoding_errors: str
+  unit: str | None = None
+  split_by: str = "passage"
 
   def __post_init__(self) -> None:
     if not 0 <= self.validation_fraction < 1:
@@ -97,6 +109,39 @@ class _TextFiles:
         f"{', '.join(map(repr, _ERROR_HANDLERS))}"
       )
 
+    if self.split_by not in ("passage", "document", "unit"):
+      raise ValueError(
+        f"split_by={self.split_by!r} must be 'passage', 'document' or 'unit'"
+      )
+    if self.split_by == "unit" and self.unit is None:
+      raise ValueError(
+        "split_by='unit' needs unit, a regular expression that finds the user "
+        "in a file's path"
+      )
+    try:
+      groups = re.compile(self.unit or "()").groups
+    except re.error as error:
+      raise ValueError(
+        f"unit={self.unit!r} is no regular expression: {error}"
+      ) from error
+    if groups != 1:
+      raise ValueError(
+        f"unit={self.unit!r} has {groups} groups; it needs one, around what "
+        "names the user, as in '-([A-Za-z]+)[.]txt'"
+      )
+
+  def unit_of(self, key: str) -> str:
+    """The user that a file is of; empty if none is asked for."""
+    if self.unit is None:
+      return ""
+    match = re.search(self.unit, key)
+    if match is None or not match[1]:
+      raise ValueError(
+        f"unit={self.unit!r} finds no user in the path {key!r}; correct the "
+        "expression, or give globs of files that have one"
+      )
+    return match[1]
+
   def digest(self) -> str:
     """Names the arguments in ten hexadecimal digits."""
     return hashlib.sha256(repr(self).encode()).hexdigest()[:10]
@@ -104,18 +149,19 @@ class _TextFiles:
 
 @dataclasses.dataclass(frozen=True)
 class _Passages:
-  """One split's (source, passage) pairs; reads the files at each iteration."""
+  """One split's passages with their keys; reads the files at each iteration."""
 
   corpus: _TextFiles
   found: tuple[tuple[str, str], ...]
   lowest: float
   split: str
 
-  def __iter__(self) -> Iterator[tuple[str, str]]:
+  def __iter__(self) -> Iterator[tuple[str, str, str, str]]:
     wanted = self.split == raw_text.VALIDATION
     for source, fraction, text in _passages(self.corpus, self.found):
       if _is_validation(self.corpus, fraction, self.lowest) == wanted:
-        yield source, text
+        key = source.rpartition(":")[0]
+        yield source, text, key, self.corpus.unit_of(key)
 
 
 def _is_validation(corpus: _TextFiles, fraction: float, lowest: float) -> bool:
@@ -181,10 +227,13 @@ def _passages(
 ) -> Iterator[tuple[str, float, str]]:
   """Yields (source, hash in [0, 1), passage) for every passage with text."""
   for path, key in found:
+    unit = corpus.unit_of(key)
     for number, text in enumerate(_cut(_lines(corpus, path), corpus)):
       if text.strip():
         source = f"{key}:{number}"
-        yield source, raw_text.stable_fraction(source), text
+        whole = {"passage": source, "document": key, "unit": unit}
+        fraction = raw_text.stable_fraction(whole[corpus.split_by])
+        yield source, fraction, text
 
 
 def _cut(lines: Iterator[str], corpus: _TextFiles) -> Iterator[str]:

@@ -263,36 +263,6 @@ def test_from_text_files_to_a_privacy_report(folder, capfd):
   assert seed not in told
 
 
-def test_prepares_once_and_trains_from_there(folder, capsys, monkeypatch):
-  more = [f"--gin_file={folder / 'run.gin'}"]
-  text = f"--gin.FILES={folder / 'text' / '*.txt'}"
-  store = f"--output={folder / 'store'}"
-  options = ["--processes=1", "--shard_chars=2000"]
-  assert cli.main(["prepare", *more, text, store, *options]) == 0
-  told = capsys.readouterr()
-  assert "validation " in told.out
-  assert "records of 16 tokens" in told.out
-  manifest = (folder / "store" / "manifest.json").read_bytes()
-  assert cli.main(["prepare", *more, text, store, *options]) == 0
-  assert (folder / "store" / "manifest.json").read_bytes() == manifest
-  assert not (folder / "not used").exists()
-  assert cli.main(["prepare", *more, text, store]) == 2
-  told = capsys.readouterr()
-  assert "shard_chars=2000, but shard_chars=16000000" in told.err
-  seen = []
-  monkeypatch.setattr(loop, "train", seen.append)
-  monkeypatch.setattr(progress, "summary", lambda *_, **__: "")
-  model = f"--gin.MODEL_DIR={folder / 'model'}"
-  prepared = f"--gin.TrainingRun.prepared={folder / 'store'}"
-  assert cli.main(["train", *more, text, model, prepared]) == 0
-  (run,) = seen
-  (folder / "model").mkdir()
-  found = records.read_records(run, folder / "model", started=False)
-  train = json.loads(manifest)["splits"]["train"]
-  assert found.train.num_examples == train["records"]
-  assert len(train["shards"]) > 2
-
-
 def vocab(folder, *flags):
   files = folder / "text" / "*.txt"
   return cli.main(
@@ -370,3 +340,33 @@ def test_vocab_refuses(folder, capsys, flags, message):
   assert vocab(folder, *flags) == 2
   assert message in capsys.readouterr().err
   assert not list(folder.glob("private.model*"))
+
+
+def test_prepares_once_and_trains_from_there(folder, capsys, monkeypatch):
+  more = [f"--gin_file={folder / 'run.gin'}"]
+  text = f"--gin.FILES={folder / 'text' / '*.txt'}"
+  store = f"--output={folder / 'store'}"
+  options = ["--processes=1", "--shard_chars=2000"]
+  assert cli.main(["prepare", *more, text, store, *options]) == 0
+  told = capsys.readouterr()
+  assert "validation " in told.out
+  assert "records of 16 tokens" in told.out
+  manifest = (folder / "store" / "manifest.json").read_bytes()
+  assert cli.main(["prepare", *more, text, store, *options]) == 0
+  assert (folder / "store" / "manifest.json").read_bytes() == manifest
+  assert not (folder / "not used").exists()
+  assert cli.main(["prepare", *more, text, store]) == 2
+  told = capsys.readouterr()
+  assert "shard_chars=2000, but shard_chars=16000000" in told.err
+  seen = []
+  monkeypatch.setattr(loop, "train", seen.append)
+  monkeypatch.setattr(progress, "summary", lambda *_, **__: "")
+  model = f"--gin.MODEL_DIR={folder / 'model'}"
+  prepared = f"--gin.TrainingRun.prepared={folder / 'store'}"
+  assert cli.main(["train", *more, text, model, prepared]) == 0
+  (run,) = seen
+  (folder / "model").mkdir()
+  found = records.read_records(run, folder / "model", started=False)
+  train = json.loads(manifest)["splits"]["train"]
+  assert found.train.num_examples == train["records"]
+  assert len(train["shards"]) > 2

@@ -134,7 +134,8 @@ def _documents(
   for name, dataset in datasets:
     for position, example in enumerate(dataset.as_numpy_iterator()):
       told = {
-        feature: example[feature].decode("utf-8", errors="replace")
+        # Bytes that are no text still tell units apart.
+        feature: example[feature].decode("utf-8", errors="surrogateescape")
         for feature in _OPTIONAL
         if feature in example
       }

@@ -316,7 +316,7 @@ def hashed_keys(counted: list[tuple[str, int]]) -> npt.NDArray[np.uint64]:
     uint64 [sum of the numbers].
   """
   hashes = [
-    hashlib.sha256(key.encode("utf-8", errors="replace")).digest()[:8]
+    hashlib.sha256(key.encode("utf-8", errors="surrogatepass")).digest()[:8]
     for key, _ in counted
   ]
   return np.repeat(

@@ -47,6 +47,15 @@ class UnitStore:
     return self.records.sequence_length
 
   @property
+  def tokens(self) -> npt.NDArray[np.int32]:
+    """All units at once, int32 [U, k, T], in memory."""
+    return self.gather(np.arange(self.num_examples))
+
+  def token_range(self) -> tuple[int, int]:
+    """The lowest and the largest token of any record."""
+    return self.records.token_range()
+
+  @property
   def record_shape(self) -> tuple[int, ...]:
     """Shape of what one index gathers: k, T."""
     return self.members.shape[1], self.sequence_length

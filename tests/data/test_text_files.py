@@ -20,7 +20,9 @@ def register(files, **arguments):
   with mock.patch.object(raw_text, "add_task") as add_task:
     text_files.register(files, **arguments)
   name, documents, splits = add_task.call_args.args
-  return name, {split: list(documents(split)) for split in splits}
+  return name, {
+    split: [each[:2] for each in documents(split)] for split in splits
+  }
 
 
 def write(folder, files):
@@ -243,3 +245,60 @@ def test_corpora_that_cannot_serve(tmp_path):
 def test_arguments_out_of_range(arguments, message):
   with pytest.raises(ValueError, match=message):
     register(**{"files": "*.txt", **arguments})
+
+
+def keyed(files, **arguments):
+  """{split: [(document, unit)]}, in order and each once."""
+  with mock.patch.object(raw_text, "add_task") as add_task:
+    text_files.register(str(files), **arguments)
+  _, documents, splits = add_task.call_args.args
+  return {
+    split: list(dict.fromkeys(each[2:] for each in documents(split)))
+    for split in splits
+  }
+
+
+@pytest.mark.parametrize("split_by", ["document", "unit"])
+def test_units_are_in_one_split_with_all_their_text(tmp_path, split_by):
+  text = "".join(f"line {n}\n" for n in range(9))
+  names = [f"{y}-{who}.txt" for y in range(6) for who in ("Ann", "Bob", "Cy")]
+  write(tmp_path, dict.fromkeys(names, text))
+  found = keyed(
+    tmp_path / "*.txt",
+    unit="-([A-Za-z]+)[.]txt",
+    split_by=split_by,
+    passage_chars=20,
+    validation_fraction=0.3,
+  )
+  place = {"document": 0, "unit": 1}[split_by]
+  train, validation = (
+    {each[place] for each in part} for part in found.values()
+  )
+  assert train
+  assert validation
+  assert not train & validation
+  everyone = {each for part in found.values() for each in part}
+  assert everyone == {(n, n.split("-")[1].removesuffix(".txt")) for n in names}
+
+
+def test_without_units_a_file_is_a_document(tmp_path):
+  write(tmp_path, {"a.txt": "x\n" * 30, "b.txt": "y\n" * 30})
+  found = keyed(tmp_path / "*.txt", passage_chars=10, validation_fraction=0)
+  assert found["train"] == [("a.txt", ""), ("b.txt", "")]
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ({"split_by": "line"}, "split_by='line' must be 'passage', 'document' or"),
+    ({"split_by": "unit"}, "split_by='unit' needs unit"),
+    ({"unit": "no group"}, "has 0 groups; it needs one"),
+    ({"unit": "(a)(b)"}, "has 2 groups; it needs one"),
+    ({"unit": "("}, "is no regular expression"),
+    ({"unit": "-([A-Z])"}, "finds no user in the path 'a.txt'"),
+  ],
+)
+def test_what_finds_no_users(tmp_path, arguments, message):
+  write(tmp_path, {"a.txt": "x\n" * 30})
+  with pytest.raises(ValueError, match=re.escape(message)):
+    keyed(tmp_path / "*.txt", **arguments)
