@@ -248,52 +248,52 @@ def _summary(
     kept.remove("users")
     for entry in full:
       (folder / f"{entry['name']}.users.npy").unlink(missing_ok=True)
-  told = {name: _mapped(folder, full, name) for name in kept[2:]}
+  files = {
+    kind: [folder / entry[kind]["file"] for entry in full] for kind in kept[2:]
+  }
   return {
     "records": records,
     "documents_read": sum(entry["documents_read"] for entry in entries),
     "text_bytes": sum(entry["text_bytes"] for entry in entries),
-    "units": {name: _count(told[name]) for name in kept[3:]},
+    "units": {kind: _count(files[kind]) for kind in kept[3:]},
     "token_range": [
       min(entry["token_range"][0] for entry in full),
       max(entry["token_range"][1] for entry in full),
     ],
-    "content": _content(records, settings.sequence_length, told),
+    "content": _content(records, settings.sequence_length, files),
     "source": source.hexdigest(),
     "shards": [{name: entry[name] for name in kept} for entry in full],
   }
 
 
-def _mapped(
-  folder: Path, full: list[dict[str, Any]], kind: str
-) -> list[npt.NDArray[Any]]:
-  return [
-    np.load(folder / entry[kind]["file"], mmap_mode="r") for entry in full
-  ]
+def _arrays(paths: list[Path]) -> Iterator[npt.NDArray[Any]]:
+  """One at a time: pages that were read through a map count as memory."""
+  for path in paths:
+    yield np.load(path, mmap_mode="r")
 
 
 def _content(
-  records: int, sequence_length: int, told: dict[str, list[npt.NDArray[Any]]]
+  records: int, sequence_length: int, files: dict[str, list[Path]]
 ) -> str:
   """`RecordStore.content_digest` of the same records, in bounded memory."""
   digest = store.begun_digest(records, sequence_length)
-  for tokens in told["tokens"]:
+  for tokens in _arrays(files["tokens"]):
     digest.update(np.ascontiguousarray(tokens, np.int32).data)
-  for name in ("documents", "users"):
-    for keys in told.get(name, ()):
+  for kind in ("documents", "users"):
+    for keys in _arrays(files.get(kind, [])):
       digest.update(np.ascontiguousarray(keys).data)
-    if name not in told:
+    if kind not in files:
       digest.update(b"none")
   return str(digest.hexdigest())
 
 
-def _count(parts: list[npt.NDArray[Any]]) -> int:
-  """How many different keys there are, in bounded memory."""
-  rounds = -(-sum(map(len, parts)) // _KEYS_AT_ONCE)
+def _count(paths: list[Path]) -> int:
+  """How many different keys the files hold, in bounded memory."""
+  rounds = -(-sum(map(len, _arrays(paths))) // _KEYS_AT_ONCE)
   total = 0
   for turn in range(rounds):
     # Each round takes the keys of one residue, from all files.
-    some = [np.unique(each[each % rounds == turn]) for each in parts]
+    some = [np.unique(each[each % rounds == turn]) for each in _arrays(paths)]
     total += len(np.unique(np.concatenate(some)))
   return total
 

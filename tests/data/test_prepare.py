@@ -156,11 +156,14 @@ def test_a_store_whose_users_are_dropped_can_be_finished_again(
   assert contents(tmp_path / "s") == contents(tmp_path / "again")
 
 
-def test_keys_are_counted_in_rounds(monkeypatch):
+def test_keys_are_counted_in_rounds(tmp_path, monkeypatch):
   draw = np.random.default_rng(0)
   parts = [draw.integers(0, 900, 700).astype(np.uint64) for _ in range(3)]
   monkeypatch.setattr(prepare, "_KEYS_AT_ONCE", 100)
-  assert prepare._count(parts) == len(np.unique(np.concatenate(parts)))
+  paths = [tmp_path / f"{number}.npy" for number in range(3)]
+  for path, part in zip(paths, parts, strict=True):
+    np.save(path, part)
+  assert prepare._count(paths) == len(np.unique(np.concatenate(parts)))
 
 
 def test_a_finished_store_is_checked_and_left_alone(
