@@ -63,11 +63,15 @@ def _prepare(arguments: argparse.Namespace) -> int:
   for name, split in manifest["splits"].items():
     print(
       f"{name:<22} {split['records']:,} records of"
-      f" {manifest['sequence_length']} tokens, {split['documents']:,}"
-      f" documents, {split['units']:,} units, {len(split['shards']):,} shards"
+      f" {manifest['sequence_length']} tokens, {_listed(split['units'])},"
+      f" {len(split['shards']):,} shards"
     )
   print(f"{'prepared corpus':<22} {arguments.output} (as private as its text)")
   return 0
+
+
+def _listed(units: dict[str, int]) -> str:
+  return ", ".join(f"{number:,} {kind}" for kind, number in units.items())
 
 
 def _join_processes(arguments: argparse.Namespace) -> None:

@@ -95,9 +95,8 @@ def measure_sampling() -> dict[str, float]:
   print(
     f"sampling, {RECORDS:,} records at q = {PROB}: {figures['drawn']:,} drawn"
     f" in {figures['seconds']:.3f} s,"
-    f" {figures['peak_bytes'] / 2**20:.0f} MiB at the most;\n"
-    "  one host of eight, its part:"
-    f" {figures['seconds_of_one_host_in_eight']:.3f} s"
+    f" {figures['peak_bytes'] / 2**20:.0f} MiB at the most;\n  one host of"
+    f" eight, its part: {figures['seconds_of_one_host_in_eight']:.3f} s"
   )
   return figures
 

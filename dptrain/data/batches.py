@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from dptrain.data.special_tokens import PAD_ID
-from dptrain.data.store import Store
+from dptrain.data.store import Examples
 
 
 def physical_batches(
-  store: Store,
+  store: Examples,
   indices: npt.NDArray[np.integer[Any]],
   physical_batch_size: int,
   rows: npt.NDArray[np.integer[Any]] | None = None,
@@ -60,7 +60,7 @@ def physical_batches(
 
 
 def _deal(
-  store: Store,
+  store: Examples,
   indices: npt.NDArray[np.integer[Any]],
   size: int,
   rows: npt.NDArray[np.integer[Any]],
@@ -83,7 +83,7 @@ def _deal(
 
 
 def evaluation_batches(
-  store: Store, physical_batch_size: int, limit: int | None = None
+  store: Examples, physical_batch_size: int, limit: int | None = None
 ) -> Iterator[dict[str, npt.NDArray[Any]]]:
   """Deals out the store, or an evenly spaced part of it, always the same.
 

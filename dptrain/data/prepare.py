@@ -25,6 +25,7 @@ import threading
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import tqdm
 
 from dptrain.data import prepared
@@ -34,8 +35,8 @@ from dptrain.data.corpus import Document
 from dptrain.data.vocabulary import Vocabulary
 
 _SETTINGS: Final = "settings.json"
-# Unit numbers compared at once when units are counted.
-_UNITS_AT_ONCE: Final = 2**24
+# Keys compared at once when documents and users are counted.
+_KEYS_AT_ONCE: Final = 2**24
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -240,36 +241,60 @@ def _summary(
   if not full:
     raise ValueError(f"split {split!r}: {store.EMPTY_CORPUS}")
   records = sum(entry["records"] for entry in full)
-  content = store.begun_digest(records, settings.sequence_length)
-  for entry in full:
-    tokens = np.load(folder / entry["tokens"]["file"], mmap_mode="r")
-    content.update(np.ascontiguousarray(tokens, np.int32).data)
   source = hashlib.sha256("".join(e["source"] for e in entries).encode())
-  kept = ("name", "records", "tokens", "units")
+  kept = ["name", "records", "tokens", "documents", "users"]
+  if not all("users" in entry for entry in full):
+    # Some text's user is not known: then nobody's is told.
+    kept.remove("users")
+    for entry in full:
+      (folder / f"{entry['name']}.users.npy").unlink(missing_ok=True)
+  files = {
+    kind: [folder / entry[kind]["file"] for entry in full] for kind in kept[2:]
+  }
   return {
     "records": records,
-    "documents": sum(entry["documents"] for entry in entries),
+    "documents_read": sum(entry["documents_read"] for entry in entries),
     "text_bytes": sum(entry["text_bytes"] for entry in entries),
-    "units": _count_units([folder / e["units"]["file"] for e in full]),
+    "units": {kind: _count(files[kind]) for kind in kept[3:]},
     "token_range": [
       min(entry["token_range"][0] for entry in full),
       max(entry["token_range"][1] for entry in full),
     ],
-    "content": content.hexdigest(),
+    "content": _content(records, settings.sequence_length, files),
     "source": source.hexdigest(),
     "shards": [{name: entry[name] for name in kept} for entry in full],
   }
 
 
-def _count_units(paths: list[Path]) -> int:
-  """How many different numbers the files hold, in bounded memory."""
-  mapped = [np.load(path, mmap_mode="r") for path in paths]
-  rounds = -(-sum(map(len, mapped)) // _UNITS_AT_ONCE)
+def _arrays(paths: list[Path]) -> Iterator[npt.NDArray[Any]]:
+  """One at a time: pages that were read through a map count as memory."""
+  for path in paths:
+    yield np.load(path, mmap_mode="r")
+
+
+def _content(
+  records: int, sequence_length: int, files: dict[str, list[Path]]
+) -> str:
+  """`RecordStore.content_digest` of the same records, in bounded memory."""
+  digest = store.begun_digest(records, sequence_length)
+  for tokens in _arrays(files["tokens"]):
+    digest.update(np.ascontiguousarray(tokens, np.int32).data)
+  for kind in ("documents", "users"):
+    for keys in _arrays(files.get(kind, [])):
+      digest.update(np.ascontiguousarray(keys).data)
+    if kind not in files:
+      digest.update(b"none")
+  return str(digest.hexdigest())
+
+
+def _count(paths: list[Path]) -> int:
+  """How many different keys the files hold, in bounded memory."""
+  rounds = -(-sum(map(len, _arrays(paths))) // _KEYS_AT_ONCE)
   total = 0
   for turn in range(rounds):
-    # Each round takes the numbers of one residue, from all files.
-    parts = [np.unique(each[each % rounds == turn]) for each in mapped]
-    total += len(np.unique(np.concatenate(parts)))
+    # Each round takes the keys of one residue, from all files.
+    some = [np.unique(each[each % rounds == turn]) for each in _arrays(paths)]
+    total += len(np.unique(np.concatenate(some)))
   return total
 
 

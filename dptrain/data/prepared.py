@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import concurrent.futures
+import dataclasses
 import hashlib
 import json
 import os
@@ -24,10 +25,13 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from dptrain.data.store import begun_digest
+
 MANIFEST: Final = "manifest.json"
 VOCABULARY: Final = "vocabulary.model"
 FORMAT: Final = 1
 _READ_BYTES: Final = 2**22
+_ROWS_AT_ONCE: Final = 2**16
 
 
 class PreparedStore:
@@ -84,14 +88,33 @@ class PreparedStore:
     return (self.sequence_length,)
 
   @property
-  def num_units(self) -> int:
-    """Number of different units that the records belong to. PRIVATE."""
-    return int(self._split["units"])
-
-  @property
   def tokens(self) -> npt.NDArray[np.int32]:
     """All records at once, int32 [N, T], in memory: for small stores."""
     return self.gather(np.arange(self.num_examples))
+
+  @property
+  def documents(self) -> npt.NDArray[np.uint64] | None:
+    """Each record's document, as in `RecordStore`: uint64 [N], in memory."""
+    return self._keys("documents")
+
+  @property
+  def users(self) -> npt.NDArray[np.uint64] | None:
+    """Each record's user, as in `RecordStore`; None if not known of all."""
+    return self._keys("users")
+
+  def _keys(self, kind: str) -> npt.NDArray[np.uint64] | None:
+    if kind not in self._shards[0]:
+      return None
+    every = range(len(self._shards))
+    return np.concatenate([self._mapped(shard, kind) for shard in every])
+
+  def subset(self, indices: npt.NDArray[np.integer[Any]]) -> SomeRecords:
+    """Some of the records; memory for their indices alone.
+
+    Args:
+      indices: integers [n] in [0, N).
+    """
+    return SomeRecords(self, np.asarray(indices))
 
   def gather(
     self, indices: npt.NDArray[np.integer[Any]]
@@ -114,26 +137,6 @@ class PreparedStore:
     for places, shard, local in self._located(np.asarray(indices)):
       rows[places] = self._mapped(shard, "tokens")[local]
     return rows
-
-  def unit_ids(
-    self, indices: npt.NDArray[np.integer[Any]]
-  ) -> npt.NDArray[np.uint64]:
-    """Whose records they are.
-
-    Args:
-      indices: integers [n] in [0, N).
-
-    Returns:
-      uint64 [n]: a hash of the unit's key; equal for records of one unit. Two
-      units share a number with a probability of 2^-64, and then count as one.
-
-    Raises:
-      ValueError: if an index lies outside [0, N).
-    """
-    found = np.empty(len(indices), np.uint64)
-    for places, shard, local in self._located(np.asarray(indices)):
-      found[places] = self._mapped(shard, "units")[local]
-    return found
 
   def token_range(self) -> tuple[int, int]:
     """The lowest and the largest token of any record, as prepared."""
@@ -168,8 +171,9 @@ class PreparedStore:
 
   def _files(self) -> Iterator[tuple[Path, dict[str, Any]]]:
     for shard in self._shards:
-      for kind in ("tokens", "units"):
-        yield self._folder / shard[kind]["file"], shard[kind]
+      for kind in ("tokens", "documents", "users"):
+        if kind in shard:
+          yield self._folder / shard[kind]["file"], shard[kind]
 
   def _located(
     self, indices: npt.NDArray[np.integer[Any]]
@@ -213,6 +217,58 @@ class PreparedStore:
       raise ValueError(_damaged(path, f"holds an array of {mapped.shape}"))
     # A plain view: indexing a memmap makes memmaps, slowly.
     return mapped.view(np.ndarray)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SomeRecords:
+  """A part of a store, which is not copied.
+
+  Attributes:
+    records: the store.
+    indices: integers [n]: which records are here, in this order.
+  """
+
+  records: PreparedStore
+  indices: npt.NDArray[np.integer[Any]]
+
+  @property
+  def num_examples(self) -> int:
+    """How many there are: n."""
+    return len(self.indices)
+
+  @property
+  def sequence_length(self) -> int:
+    """T, the length of every record."""
+    return self.records.sequence_length
+
+  @property
+  def record_shape(self) -> tuple[int, ...]:
+    """Shape of what one index gathers: T."""
+    return self.records.record_shape
+
+  def gather(
+    self, indices: npt.NDArray[np.integer[Any]]
+  ) -> npt.NDArray[np.int32]:
+    """Copies records out: see `PreparedStore.gather`."""
+    indices = np.asarray(indices)
+    if indices.size and not (
+      indices.min() >= 0 and indices.max() < self.num_examples
+    ):
+      raise ValueError(
+        f"record indices reach from {indices.min()} to {indices.max()}; there"
+        f" are records 0 to {self.num_examples - 1}"
+      )
+    return self.records.gather(self.indices[indices])
+
+  def content_digest(self) -> bytes:
+    """What `RecordStore.content_digest` of the same records is."""
+    digest = begun_digest(self.num_examples, self.sequence_length)
+    for begin in range(0, self.num_examples, _ROWS_AT_ONCE):
+      some = self.indices[begin : begin + _ROWS_AT_ONCE]
+      digest.update(self.records.gather(some).data)
+    for keys in (self.records.documents, self.records.users):
+      digest.update(b"none" if keys is None else keys[self.indices].tobytes())
+    return bytes(digest.digest())
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from dptrain.data.corpus import Document
 from dptrain.data.vocabulary import Vocabulary
 
 UNFINISHED: Final = "unfinished"
-ARRAYS: Final = ("tokens", "units")
+ARRAYS: Final = ("tokens", "documents", "users")
 # Texts tokenised in one call: their ids are Python numbers for a moment.
 _CHARS_PER_CALL: Final = 500_000
 
@@ -34,8 +34,7 @@ class Chunk(NamedTuple):
 
   folder: Path
   name: str
-  texts: list[str]
-  units: list[str]
+  documents: list[Document]
   source: str
 
 
@@ -66,21 +65,16 @@ def chunks(
   number = 0
 
   def chunk(held: list[Document]) -> Chunk:
-    units = [
-      f"s{each.source}" if each.unit is None else f"u{each.unit}"
-      for each in held
-    ]
     digest = hashlib.sha256()
-    for unit, each in zip(units, held, strict=True):
-      for part in (unit, each.text):
+    for each in held:
+      for part in (each.document or each.source, each.unit, each.text):
         data = part.encode("utf-8", errors="surrogatepass")
         digest.update(len(data).to_bytes(8, "big"))
         digest.update(data)
     return Chunk(
       folder,
       f"{stem(split)}-{number:06d}",
-      [each.text for each in held],
-      units,
+      held,
       digest.hexdigest(),
     )
 
@@ -113,7 +107,9 @@ def entry(chunk: Chunk) -> dict[str, Any] | None:
       " begun with: the corpus has changed, or comes in another order. Delete"
       " that folder and begin again"
     )
-  for kind in ARRAYS if noted["records"] else ():
+  for kind in ARRAYS:
+    if kind not in noted:
+      continue
     path = chunk.folder / noted[kind]["file"]
     if not path.is_file() or path.stat().st_size != noted[kind]["bytes"]:
       return None
@@ -129,29 +125,38 @@ class ShardMaker:
 
   def make(self, chunk: Chunk) -> dict[str, Any]:
     """Writes a chunk's shard, and then its entry, which is returned."""
+    texts = [each.text for each in chunk.documents]
     blocks = [
       records
-      for texts in _calls(chunk.texts)
-      for records in store.cut_records(texts, self._vocabulary, *self._cut, 1)
+      for some in _calls(texts)
+      for records in store.cut_records(some, self._vocabulary, *self._cut, 1)
     ]
-    counts = [len(records) for records in blocks]
-    tokens = np.concatenate(blocks)
     made: dict[str, Any] = {
       "name": chunk.name,
       "source": chunk.source,
-      "documents": len(chunk.texts),
+      "documents_read": len(texts),
       "text_bytes": sum(
-        len(text.encode("utf-8", errors="surrogatepass"))
-        for text in chunk.texts
+        len(text.encode("utf-8", errors="surrogatepass")) for text in texts
       ),
-      "records": len(tokens),
+      "records": sum(map(len, blocks)),
     }
-    if len(tokens):
+    if made["records"]:
+      tokens = np.concatenate(blocks)
       made["token_range"] = [int(tokens.min()), int(tokens.max())]
-      tokens = tokens.astype(token_dtype(self._vocabulary.size))
-      units = np.array([_unit_number(unit) for unit in chunk.units], np.uint64)
-      arrays: tuple[npt.NDArray[Any], ...] = tokens, np.repeat(units, counts)
-      for kind, array in zip(ARRAYS, arrays, strict=True):
+      counted = [
+        (each, len(records))
+        for each, records in zip(chunk.documents, blocks, strict=True)
+        if len(records)
+      ]
+      arrays: dict[str, npt.NDArray[Any]] = {
+        "tokens": tokens.astype(token_dtype(self._vocabulary.size)),
+        "documents": store.hashed_keys(
+          [(each.document or each.source, n) for each, n in counted]
+        ),
+      }
+      if all(each.unit for each, _ in counted):
+        arrays["users"] = store.hashed_keys([(e.unit, n) for e, n in counted])
+      for kind, array in arrays.items():
         path = chunk.folder / f"{chunk.name}.{kind}.npy"
         made[kind] = _write_array(path, array)
     note = chunk.folder / UNFINISHED / f"{chunk.name}.json"
@@ -170,11 +175,6 @@ def _calls(texts: list[str]) -> Iterator[list[str]]:
       held, chars = [], 0
   if held:
     yield held
-
-
-def _unit_number(key: str) -> int:
-  data = key.encode("utf-8", errors="surrogatepass")
-  return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
 
 
 def write(path: Path, data: bytes | memoryview) -> None:

@@ -35,16 +35,12 @@ EMPTY_CORPUS: Final = (
 )
 
 
-class Store(Protocol):
-  """Records by number: in memory (`RecordStore`) or on disk."""
-
-  @property
-  def tokens(self) -> npt.NDArray[np.int32]:
-    """All records, int32 [N, T], in memory."""
+class Examples(Protocol):
+  """What is sampled, by number: records, or units of them."""
 
   @property
   def num_examples(self) -> int:
-    """N, the number of records."""
+    """How many there are."""
 
   @property
   def sequence_length(self) -> int:
@@ -57,13 +53,32 @@ class Store(Protocol):
   def gather(
     self, indices: npt.NDArray[np.integer[Any]]
   ) -> npt.NDArray[np.int32]:
-    """Copies records out: see `RecordStore.gather`."""
+    """Copies examples out: see `RecordStore.gather`."""
+
+  def content_digest(self) -> bytes:
+    """Names the examples and their order."""
+
+
+class Store(Examples, Protocol):
+  """Records by number: in memory (`RecordStore`) or on disk."""
+
+  @property
+  def tokens(self) -> npt.NDArray[np.int32]:
+    """All records, int32 [N, T], in memory."""
+
+  @property
+  def documents(self) -> npt.NDArray[np.uint64] | None:
+    """As in `RecordStore`."""
+
+  @property
+  def users(self) -> npt.NDArray[np.uint64] | None:
+    """As in `RecordStore`."""
 
   def token_range(self) -> tuple[int, int]:
     """The lowest and the largest token of any record."""
 
-  def content_digest(self) -> bytes:
-    """Names the records and their order."""
+  def subset(self, indices: npt.NDArray[np.integer[Any]]) -> Examples:
+    """Some of the records: see `RecordStore.subset`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -164,6 +179,8 @@ class RecordStore:
     """SHA-256 over shape, dtype and bytes: equal for equal stores alone."""
     digest = begun_digest(*self.tokens.shape)
     digest.update(self.tokens.data)
+    for keys in (self.documents, self.users):
+      digest.update(b"none" if keys is None else keys.tobytes())
     return digest.digest()
 
 
@@ -199,16 +216,16 @@ def build_store(
   for some in _chunks(documents):
     texts = [document.text for document in some]
     cut = cut_records(texts, vocabulary, sequence_length, min_tokens)
-    for document, block in zip(some, cut, strict=True):
-      if len(block):
-        blocks.append(block)
-        keys.append((document._replace(text=""), len(block)))
+    for document, records in zip(some, cut, strict=True):
+      if len(records):
+        blocks.append(records)
+        keys.append((document._replace(text=""), len(records)))
   if not blocks:
     raise ValueError(EMPTY_CORPUS)
   return RecordStore(
     np.concatenate(blocks),
-    _keys([(each.document or each.source, n) for each, n in keys]),
-    _keys([(each.unit, n) for each, n in keys])
+    hashed_keys([(each.document or each.source, n) for each, n in keys]),
+    hashed_keys([(each.unit, n) for each, n in keys])
     if all(each.unit for each, _ in keys)
     else None,
   )
@@ -289,10 +306,17 @@ def _parts(text: str) -> Iterator[str]:
   yield text[begin:] if begin else text
 
 
-def _keys(counted: list[tuple[str, int]]) -> npt.NDArray[np.uint64]:
-  """64 bits of each key's hash, as often as it has records."""
+def hashed_keys(counted: list[tuple[str, int]]) -> npt.NDArray[np.uint64]:
+  """64 bits of each key's hash, as often as it has records.
+
+  Args:
+    counted: keys with their numbers of records.
+
+  Returns:
+    uint64 [sum of the numbers].
+  """
   hashes = [
-    hashlib.sha256(key.encode("utf-8", errors="surrogateescape")).digest()[:8]
+    hashlib.sha256(key.encode("utf-8", errors="surrogatepass")).digest()[:8]
     for key, _ in counted
   ]
   return np.repeat(

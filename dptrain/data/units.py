@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dptrain.data.special_tokens import PAD_ID
-from dptrain.data.store import RecordStore
+from dptrain.data.store import Store
 
 Keys = npt.NDArray[np.uint64]
 
@@ -33,7 +33,7 @@ class UnitStore:
       fewer than k.
   """
 
-  records: RecordStore
+  records: Store
   members: npt.NDArray[np.int64]
 
   @property
@@ -97,7 +97,7 @@ class UnitStore:
 
 
 def by_unit(
-  records: RecordStore, keys: Keys, records_per_unit: int, seed: bytes
+  records: Store, keys: Keys, records_per_unit: int, seed: bytes
 ) -> UnitStore:
   """Groups records by unit and keeps at most k of each.
 

@@ -13,7 +13,7 @@ def of_run(
   records: store_lib.Store,
   validation: store_lib.Store | None,
   seed: keys_lib.SecretSeed,
-) -> store_lib.Store:
+) -> store_lib.Examples:
   """The examples of a run, with the contribution of each unit bounded.
 
   Formal guarantee: unit: that of `PrivacySettings.unit`. An example is a
@@ -36,11 +36,6 @@ def of_run(
   privacy = run.privacy
   if privacy.unit == "record":
     return records
-  if not isinstance(records, store_lib.RecordStore):
-    raise ValueError(
-      f"PrivacySettings.unit={privacy.unit!r} needs the corpus in memory so"
-      " far: leave TrainingRun.prepared out, or use unit='record'."
-    )
   own = _keys(records, privacy.unit, run.train_split)
   if validation is not None:
     others = _keys(validation, privacy.unit, str(run.validation_split))
@@ -59,10 +54,8 @@ def of_run(
   return units.by_unit(records, own, privacy.records_per_unit, choice)
 
 
-def _keys(store: store_lib.Store, unit: str, split: str) -> units.Keys:
-  keys = None
-  if isinstance(store, store_lib.RecordStore):
-    keys = store.users if unit == "user" else store.documents
+def _keys(records: store_lib.Store, unit: str, split: str) -> units.Keys:
+  keys = records.users if unit == "user" else records.documents
   if keys is None:
     missing = "unit" if unit == "user" else "document"
     raise ValueError(

@@ -24,7 +24,7 @@ class Feed:
   def __init__(
     self,
     draw: Callable[[int], npt.NDArray[np.int64]],
-    store: store_lib.Store,
+    store: store_lib.Examples,
     physical_batch_size: int,
     rows: npt.NDArray[np.integer[Any]] | None,
     steps: range,
@@ -33,7 +33,7 @@ class Feed:
 
     Args:
       draw: the records of an update; called in another thread, in order.
-      store: the records. PRIVATE.
+      store: what is sampled. PRIVATE.
       physical_batch_size: P.
       rows: of each batch that this process builds; None for all.
       steps: the updates.

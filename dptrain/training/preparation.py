@@ -49,7 +49,7 @@ class Preparation(NamedTuple):
 
   plan: plan_lib.PrivacyPlan
   seed: keys_lib.SecretSeed
-  store: store_lib.Store
+  store: store_lib.Examples
   evaluator: evaluation_lib.Evaluator | None
   objective: objective_lib.Objective
   step: step_lib.PrivateStep

@@ -7,7 +7,9 @@ from typing import Any
 from dptrain.data import corpus
 from dptrain.data import prepare as prepare_lib
 from dptrain.data import prepared as prepared_lib
+from dptrain.data import private_vocabulary
 from dptrain.data import vocabulary as vocabulary_lib
+from dptrain.training import records as records_lib
 from dptrain.training import run as run_lib
 
 
@@ -44,11 +46,12 @@ def prepare(
   def documents(split: str) -> Any:
     return corpus.read_documents(run.task, split, encoding_errors)
 
-  return prepare_lib.prepare_store(
+  vocabulary = _prepared_vocabulary(run, place, documents)
+  manifest = prepare_lib.prepare_store(
     place,
     documents,
     splits,
-    _prepared_vocabulary(run, place, documents),
+    vocabulary,
     settings,
     {
       "task": run.task,
@@ -57,6 +60,12 @@ def prepare(
       "vocabulary_settings": _learning(run.vocabulary),
     },
   )
+  if run.vocabulary.path is not None:
+    # Its price goes where it goes.
+    records_lib.copy_release(
+      run.vocabulary.path, place / prepared_lib.VOCABULARY
+    )
+  return manifest
 
 
 def _learning(settings: vocabulary_lib.VocabularySettings) -> Any:
@@ -72,5 +81,6 @@ def _prepared_vocabulary(
   kept = folder / prepared_lib.VOCABULARY
   if kept.exists() and prepare_lib.is_begun(folder):
     return vocabulary_lib.load_vocabulary(kept)
+  private_vocabulary.release_path(kept).unlink(missing_ok=True)
   texts = (document.text for document in documents(run.train_split))
   return vocabulary_lib.train_vocabulary(texts, run.vocabulary, kept)

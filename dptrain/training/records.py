@@ -144,8 +144,18 @@ def _prepared_records(
         f" than VocabularySettings.path={run.vocabulary.path!r}: give that one,"
         " or prepare again in another folder."
       )
+  # Either may be the one that has the papers of a private vocabulary.
+  places = [folder / VOCABULARY_FILE, run.vocabulary.path]
+  source = next(
+    (
+      place
+      for place in places
+      if place is not None and private_vocabulary.release_path(place).exists()
+    ),
+    folder / VOCABULARY_FILE,
+  )
   setting = f"TrainingRun.prepared={name!r}"
-  _keep(vocabulary, directory, started, setting, release_of=run.vocabulary.path)
+  _keep(vocabulary, source, directory, started, setting)
   run.model.check(run.sequence_length, vocabulary.size)
   stores = {
     split: prepared_lib.PreparedStore(folder, split)
@@ -167,20 +177,17 @@ def _prepared_records(
 
 def _keep(
   vocabulary: vocabulary_lib.Vocabulary,
+  source: str | pathlib.Path,
   directory: pathlib.Path,
   started: bool,
   setting: str,
-  release_of: str | None,
 ) -> None:
-  """Copies the vocabulary to MODEL_DIR, or checks that it is there.
-
-  With it goes what learning the vocabulary `release_of` has released.
-  """
+  """Copies the vocabulary and its papers to MODEL_DIR, or finds it there."""
   kept = directory / VOCABULARY_FILE
   # A start that was refused may have left one made under other settings.
   if not (started and kept.exists()):
     vocabulary.save(kept)
-    _copy_release(release_of, kept)
+    copy_release(source, kept)
   elif vocabulary_lib.load_vocabulary(kept).fingerprint != (
     vocabulary.fingerprint
   ):
@@ -212,7 +219,7 @@ def _vocabulary(
   if given is not None:
     vocabulary = vocabulary_lib.load_vocabulary(given)
     setting = f"VocabularySettings.path={given!r}"
-    _keep(vocabulary, directory, started, setting, release_of=given)
+    _keep(vocabulary, given, directory, started, setting)
     return vocabulary
   # A start that was refused may have left one made under other settings.
   if started and kept.exists():
@@ -226,11 +233,16 @@ def _vocabulary(
   )
 
 
-def _copy_release(given: str | None, kept: pathlib.Path) -> None:
-  """Keeps what was released with a vocabulary beside MODEL_DIR's copy."""
-  told = private_vocabulary.release_path(given) if given else None
+def copy_release(given: str | pathlib.Path, kept: pathlib.Path) -> None:
+  """Keeps what was released with a vocabulary beside its copy.
+
+  Args:
+    given: the vocabulary's file.
+    kept: its copy.
+  """
+  told = private_vocabulary.release_path(given)
   beside = private_vocabulary.release_path(kept)
-  if told is not None and told.exists():
+  if told.exists():
     shutil.copyfile(told, beside)
   else:
     beside.unlink(missing_ok=True)

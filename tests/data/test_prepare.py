@@ -84,9 +84,10 @@ def test_any_numpy_reads_a_shard(folder):
 @pytest.mark.parametrize("stranger", [-1, 10**6])
 def test_refuses_strangers(folder, stranger):
   found = prepared.PreparedStore(folder, "train")
-  for read in (found.gather, found.unit_ids):
-    with pytest.raises(ValueError, match=f"{stranger}.*records 0 to"):
-      read(np.array([0, stranger]))
+  some = found.subset(np.arange(4))
+  for read, last in ((found, found.num_examples - 1), (some, 3)):
+    with pytest.raises(ValueError, match=f"{stranger}.*records 0 to {last}"):
+      read.gather(np.array([0, stranger]))
 
 
 def test_processes_change_no_byte(folder, tmp_path, documents, vocabulary):
@@ -100,35 +101,69 @@ def test_a_wide_vocabulary_takes_a_wide_dtype():
   assert shards.token_dtype(2**16 + 1) == np.int32
 
 
-def test_units_are_kept_for_every_record(tmp_path, documents, vocabulary):
-  told = [
-    each._replace(unit=f"author {i % 7}" if i % 3 else None)
+def of_authors(documents, missing=()):
+  return [
+    each._replace(
+      unit="" if i in missing else f"author {i % 7}", document=f"book {i % 15}"
+    )
     for i, each in enumerate(documents)
   ]
-  make(tmp_path / "units", told, vocabulary)
+
+
+@pytest.mark.parametrize("missing", [(), (0,), range(40)])
+def test_documents_and_users_are_those_of_memory(
+  tmp_path, documents, vocabulary, missing
+):
+  told = of_authors(documents, missing)
+  manifest = make(tmp_path / "units", told, vocabulary)
   found = prepared.PreparedStore(tmp_path / "units", "train")
-  cut = [store_lib.build_store([each], vocabulary, 16) for each in documents]
-  keys = np.repeat(
-    [each.unit or each.source for each in told],
-    [each.num_examples for each in cut],
-  )
-  ids = found.unit_ids(np.arange(found.num_examples))
-  assert len(set(keys)) == found.num_units == len(np.unique(ids))
-  assert len(set(zip(keys, ids, strict=True))) == found.num_units
-  assert not any(
-    b"author" in data for data in contents(tmp_path / "units").values()
-  )
+  found.check()
+  expected = store_lib.build_store(told, vocabulary, 16)
+  np.testing.assert_array_equal(found.documents, expected.documents)
+  assert (found.users is None) == (expected.users is None) == bool(missing)
+  counted = {"documents": 15}
+  if not missing:
+    np.testing.assert_array_equal(found.users, expected.users)
+    counted["users"] = 7
+  assert manifest["splits"]["train"]["units"] == counted
+  assert found.content_digest() == expected.content_digest()
+  files = contents(tmp_path / "units")
+  assert any("users" in name for name in files) == (not missing)
+  assert not any(b"author" in data for data in files.values())
+  some = np.random.default_rng(0).permutation(found.num_examples)[:50]
+  part, whole = found.subset(some), expected.subset(some)
+  assert part.content_digest() == whole.content_digest()
+  assert part.num_examples == 50
+  assert part.record_shape == found.record_shape == (16,)
+  for indices in (np.arange(50), np.array([7, 3])):
+    np.testing.assert_array_equal(part.gather(indices), whole.gather(indices))
 
 
-def test_units_are_counted_in_rounds(tmp_path, monkeypatch):
+def test_a_store_whose_users_are_dropped_can_be_finished_again(
+  tmp_path, documents, vocabulary, monkeypatch
+):
+  told = of_authors(documents, missing=[39])
+
+  def killed(*_):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(prepare, "_content", killed)
+    with pytest.raises(KeyboardInterrupt):
+      make(tmp_path / "s", told, vocabulary)
+  make(tmp_path / "s", told, vocabulary)
+  make(tmp_path / "again", told, vocabulary)
+  assert contents(tmp_path / "s") == contents(tmp_path / "again")
+
+
+def test_keys_are_counted_in_rounds(tmp_path, monkeypatch):
   draw = np.random.default_rng(0)
-  paths, every = [], []
-  for number in range(3):
-    every.append(draw.integers(0, 900, 700).astype(np.uint64))
-    paths.append(tmp_path / f"{number}.npy")
-    np.save(paths[-1], every[-1])
-  monkeypatch.setattr(prepare, "_UNITS_AT_ONCE", 100)
-  assert prepare._count_units(paths) == len(np.unique(np.concatenate(every)))
+  parts = [draw.integers(0, 900, 700).astype(np.uint64) for _ in range(3)]
+  monkeypatch.setattr(prepare, "_KEYS_AT_ONCE", 100)
+  paths = [tmp_path / f"{number}.npy" for number in range(3)]
+  for path, part in zip(paths, parts, strict=True):
+    np.save(path, part)
+  assert prepare._count(paths) == len(np.unique(np.concatenate(parts)))
 
 
 def test_a_finished_store_is_checked_and_left_alone(
@@ -249,7 +284,7 @@ def flip(path, place):
   path.write_bytes(data)
 
 
-@pytest.mark.parametrize("kind", ["tokens", "units"])
+@pytest.mark.parametrize("kind", ["tokens", "documents"])
 def test_a_flipped_byte_is_named(tmp_path, documents, vocabulary, kind):
   make(tmp_path / "s", documents, vocabulary)
   path = tmp_path / "s" / f"train-000003.{kind}.npy"
@@ -307,7 +342,7 @@ def test_documents_without_a_token_leave_no_record(
   found = prepared.PreparedStore(tmp_path / "s", "train")
   whole = store_lib.build_store(documents, vocabulary, 16)
   assert found.content_digest() == whole.content_digest()
-  assert manifest["splits"]["train"]["documents"] == len(spread)
+  assert manifest["splits"]["train"]["documents_read"] == len(spread)
 
 
 def test_a_very_long_text_is_cut_between_words(

@@ -1,5 +1,6 @@
 """Training from a prepared store: the same run, and what is refused."""
 
+import dataclasses
 import random
 import shutil
 
@@ -9,7 +10,10 @@ import small_run
 
 from dptrain.data import corpus
 from dptrain.data import prepared
+from dptrain.data import private_vocabulary
 from dptrain.data import vocabulary as vocabulary_lib
+from dptrain.privacy import keys
+from dptrain.training import examples
 from dptrain.training import feeding
 from dptrain.training import loop
 from dptrain.training import preparing
@@ -86,6 +90,54 @@ def test_a_run_goes_over_to_a_store(folder, tmp_path, unread):
   unread()
   loop.train(run_of(tmp_path / "over", prepared=str(folder), **options))
   small_run.assert_same(tmp_path / "whole", tmp_path / "over")
+
+
+@pytest.mark.parametrize("sampling", ["units", "records"])
+def test_units_are_those_of_the_task(folder, tmp_path, sampling):
+  run = run_of(tmp_path)
+  privacy = dataclasses.replace(
+    run.privacy, unit="document", records_per_unit=9, unit_sampling=sampling
+  )
+  run = dataclasses.replace(run, privacy=privacy)
+  seed = keys.fixed_seed(1)
+  found = []
+  for prepared_in in (None, str(folder)):
+    given = dataclasses.replace(run, prepared=prepared_in)
+    read_in = records_lib.read_records(given, tmp_path, False)
+    found.append(examples.of_run(given, read_in.train, None, seed))
+  one, other = found
+  assert one.num_examples == other.num_examples
+  assert one.content_digest() == other.content_digest()
+  every = np.arange(one.num_examples)
+  np.testing.assert_array_equal(one.gather(every), other.gather(every))
+
+
+def test_the_price_of_a_private_vocabulary_comes_along(folder, tmp_path):
+  given, other = tmp_path / "given.model", tmp_path / "other"
+  shutil.copyfile(folder / "vocabulary.model", given)
+  release = private_vocabulary.VocabularyRelease(
+    words="w",
+    unit="document",
+    words_per_unit=8,
+    noise_multiplier=1.0,
+    failure_prob=1e-9,
+    threshold=5.0,
+    words_kept=30,
+    lowercase=False,
+    fixed_seed=False,
+    fingerprint=vocabulary_lib.load_vocabulary(given).fingerprint,
+  )
+  private_vocabulary.release_path(given).write_text(release.as_json())
+  prepare(run_of(tmp_path, path=str(given)), other)
+  model = tmp_path / "model"
+  for path in (given, other / "vocabulary.model"):
+    model.mkdir()
+    found = read(other, model, path=str(path))
+    assert found.vocabulary_release == release
+    shutil.rmtree(model)
+  private_vocabulary.release_path(other / "vocabulary.model").unlink()
+  model.mkdir()
+  assert read(other, model, path=str(given)).vocabulary_release == release
 
 
 def test_a_vocabulary_is_learned_once(folder, tmp_path, monkeypatch):
