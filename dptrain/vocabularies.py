@@ -72,7 +72,8 @@ def learn(arguments: argparse.Namespace) -> str:
     f"words kept    whose noisy count of {told.unit}s exceeds"
     f" {told.threshold:.1f}; of one {told.unit}, {told.words_per_unit} count\n"
     f"privacy       {_price(arguments, told, run.privacy.relation)}\n"
-    f"use it by     --gin.VocabularySettings.path={path}\n"
+    f"use it by     --gin.VocabularySettings.path={path}"
+    f" --gin.VOCABULARY_SIZE={vocabulary.size}\n"
   )
 
 
