@@ -364,7 +364,8 @@ def _explain(message: str, settings: VocabularySettings) -> str:
   if found := _TOO_LARGE.search(message):
     return (
       f"vocabulary size={settings.size} is too large for this corpus: the "
-      f"largest possible size is {found[1]}; lower VocabularySettings.size (--gin.VOCABULARY_SIZE) or "
+      f"largest possible size is {found[1]}; lower VocabularySettings.size "
+      "(--gin.VOCABULARY_SIZE) or "
       "give more text"
     )
   if found := _TOO_SMALL.search(message):
