@@ -160,7 +160,7 @@ ROWS = {
     "privacy/draws.py",
     "group = (step - start) % plan.bands",
     "group = 0",
-    ("privacy/test_draws.py::test_nobody_takes_part_twice_in_a_round",),
+    ("privacy/test_draws.py::test_nobody_takes_part_twice_within_the_bands",),
   ),
   "NaN not zeroed": Row(
     "clipping/per_example.py",

@@ -99,7 +99,7 @@ def test_a_fixed_size_is_fixed_and_uniform():
   sizes=st.lists(st.integers(1, N), min_size=1, max_size=40),
   start=st.integers(0, 5),
 )
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=12)
 def test_nobody_takes_part_twice_in_a_round(sizes, start):
   phases = tuple((size, until) for until, size in enumerate(sizes, 1))
   start = min(start, len(sizes) - 1)
@@ -160,6 +160,12 @@ def test_groups_take_turns_and_are_sampled_within():
     )
   assert made.sampling_prob(0) == 5 / 15
   assert made.releases() == [plan_lib.accounting.Releases(1000, 5 / 15, 2.0)]
+
+
+def test_nobody_takes_part_twice_within_the_bands():
+  found = table(plan("cyclic_poisson", ((10, 30),), bands=4)).astype(int)
+  for step in range(27):
+    assert found[step : step + 4].sum(axis=0).max() <= 1
 
 
 def test_a_round_is_priced_at_its_dearest_update():
