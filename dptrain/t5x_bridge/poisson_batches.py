@@ -44,7 +44,7 @@ class PoissonBatches(airio.AirIODatasetIterator):
     )
     own = len(self._rows)
     self._padding = {
-      "tokens": np.zeros((own, launch.run.sequence_length), np.int32),
+      "tokens": np.zeros((own, *launch.prepared.store.record_shape), np.int32),
       "example_ids": np.zeros(own, np.int32),
       "is_padding": np.ones(own, bool),
     }
