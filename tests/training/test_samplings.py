@@ -192,3 +192,16 @@ def test_rounds_of_correlated_noise_cost_one_update_each(tmp_path):
   assert result.epsilon == accounting.epsilon(prices, 1e-5).value
   text = report_lib.make_report(ledger_lib.read(tmp_path)).as_text()
   assert "noise of 3 updates in a row is correlated (BandMF)" in text
+
+
+def test_no_error_tells_how_many_records_there_are(tmp_path):
+  """Fewer than a physical batch, where their number is private."""
+  run = small_run.make_run(tmp_path, steps=2, sizes=(4, 4))
+  privacy = dataclasses.replace(
+    run.privacy, relation="add_or_remove_one", public_num_examples=100
+  )
+  run = dataclasses.replace(run, privacy=privacy)
+  assert loop.train(run, small_run.records(10)).step == 2
+  told = [path.read_text() for path in tmp_path.glob("privacy_*")]
+  assert all('"num_examples": 10,' not in text for text in told)
+  assert any("100 (a public estimate)" in text for text in told)
