@@ -108,8 +108,8 @@ def by_unit(
     seed: secret bytes that choose which records are kept.
   """
   chosen, number, place = _bounded(keys, records_per_unit, seed)
-  width = int(place.max()) + 1
-  members = np.full((int(number.max()) + 1, width), -1, np.int64)
+  # Not the largest unit's: shapes, and programs made of them, are public.
+  members = np.full((int(number.max()) + 1, records_per_unit), -1, np.int64)
   members[number, place] = chosen
   return UnitStore(records, members)
 

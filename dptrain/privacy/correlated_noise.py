@@ -99,6 +99,12 @@ class BandedNoise:
 def coefficients(bands: int, num_steps: int) -> tuple[float, ...]:
   """The strategy that makes the mean squared error of all sums so far least.
 
+  >>> from jax_privacy.matrix_factorization import toeplitz
+  >>> errors = [toeplitz.loss(np.array(coefficients(b, 400)), n=400)
+  ...           for b in (1, 4)]
+  >>> print(f"{float(errors[1] / errors[0]):.2f}")
+  0.27
+
   Args:
     bands: b.
     num_steps: S, of the whole run.

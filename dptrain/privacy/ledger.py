@@ -20,16 +20,16 @@ releases are priced on top of everything that any branch ever wrote.
 
 from collections.abc import Iterator, Mapping
 import contextlib
-import errno
 import fcntl
-import hashlib
 import itertools
 import json
 import os
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 
 from dptrain.privacy import accounting
+from dptrain.privacy import branches
+from dptrain.privacy import chained_lines
 from dptrain.privacy import entries
 from dptrain.privacy import others as others_lib
 from dptrain.privacy import plan as plan_lib
@@ -37,29 +37,8 @@ from dptrain.privacy import rounds
 
 LEDGER_FILE = "privacy_ledger.jsonl"
 _FORMAT = 1
-_NO_HASH = "0" * 64
-
-
-class LedgerError(ValueError):
-  """The ledger is damaged, or does not belong to what is asked of it."""
-
-
-class Branch(NamedTuple):
-  """One line of training.
-
-  Attributes:
-    name: digest that keys are bound to.
-    parent: name of the branch it forked off; empty for a root.
-    fork_step: number of updates that it shares with its parent.
-    lineage: digest of plan, data, programs and code.
-    environment: what may change rounding only: devices, versions.
-  """
-
-  name: str
-  parent: str
-  fork_step: int
-  lineage: str
-  environment: str
+LedgerError = chained_lines.LedgerError
+Branch = branches.Branch
 
 
 class Ledger:
@@ -83,11 +62,7 @@ class Ledger:
     self._releases: dict[str, dict[int, entries.Update]] = {}
     self._others: list[others_lib.OtherRelease] = []
     self._unprotected: list[str] = []
-    self._last_hash = _NO_HASH
-    self._file: Any = None
-    self._good_bytes = 0
-    if path.exists():
-      self._load()
+    self._lines = chained_lines.ChainedLines(path, self._take)
 
   # --- reading -------------------------------------------------------------
 
@@ -114,7 +89,7 @@ class Ledger:
   @property
   def head(self) -> str:
     """Hash of the last line: names all that is written so far."""
-    return self._last_hash
+    return self._lines.head
 
   def releases(self, without: str = "") -> list[accounting.Releases]:
     """Everything released so far, over all branches, equal ones joined.
@@ -330,7 +305,7 @@ class Ledger:
     # The same fork may have been made before and have gone on under another
     # rounding: then it cannot be repeated, and its next namesake is taken.
     for attempt in itertools.count():
-      name = _digest(
+      name = branches.name_of(
         parent, str(step), lineage, environment, state, str(attempt)
       )
       if name not in self._branches:
@@ -342,14 +317,8 @@ class Ledger:
     raise AssertionError("there is always a free name")
 
   def _repeats_exactly(self, branch: str, step: int, environment: str) -> bool:
-    # Only updates that were already made can be made twice: from `step` on, all
-    # of them must have been made in this same environment.
-    history = self._environments[branch]
-    ends = [start for start, _ in history[1:]] + [self.last_step(branch) + 1]
-    return all(
-      made_in == environment
-      for (start, made_in), end in zip(history, ends, strict=True)
-      if max(start, step) < end
+    return branches.repeats_exactly(
+      self._environments[branch], self.last_step(branch), step, environment
     )
 
   def record(
@@ -411,26 +380,12 @@ class Ledger:
 
   # --- the file ------------------------------------------------------------
 
+  def attach(self, file: Any) -> None:
+    """Writes into this open file from now on: see `opened`."""
+    self._lines.attach(file)
+
   def _append(self, entry: Mapping[str, Any]) -> None:
-    if self._file is None:
-      raise LedgerError(f"{self.path} is open for reading only.")
-    entry = {**entry, "previous": self._last_hash}
-    line = json.dumps(entry, sort_keys=True) + "\n"
-    try:
-      if self._file.write(line.encode()) != len(line.encode()):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-      os.fsync(self._file.fileno())
-    except OSError as error:
-      with contextlib.suppress(OSError):
-        os.ftruncate(self._file.fileno(), self._good_bytes)
-      raise OSError(
-        error.errno,
-        f"cannot write the privacy ledger ({error.strerror}): training stops"
-        " before the update that it could not record. Free space and start"
-        " again; nothing is lost",
-        str(self.path),
-      ) from error
-    self._take(entry, line)
+    self._lines.append(entry)
 
   def _take_release(self, entry: Mapping[str, Any]) -> None:
     branch, step = entry["branch"], entry["step"]
@@ -445,27 +400,7 @@ class Ledger:
       raise ValueError(f"under {sampling} each update is a round of its own")
     self._releases.setdefault(branch, {})[step] = update
 
-  def _load(self) -> None:
-    data = self.path.read_bytes()
-    # A kill in mid-write leaves a last line without its end: the update that it
-    # announced was never made.
-    *lines, _ = data.split(b"\n")
-    for number, line in enumerate(lines, 1):
-      try:
-        entry = json.loads(line)
-        if entry["previous"] != self._last_hash:
-          raise ValueError(
-            "the hash in it is not that of the line before; one of the two was"
-            " changed"
-          )
-        self._take(entry, line.decode() + "\n")
-      except (ValueError, KeyError, TypeError) as error:
-        raise LedgerError(
-          f"{self.path}, line {number} is damaged: {error}. Restore the ledger"
-          " from a backup; without it nothing can be claimed for this run."
-        ) from error
-
-  def _take(self, entry: Mapping[str, Any], line: str) -> None:
+  def _take(self, entry: Mapping[str, Any]) -> None:
     kind = entry["kind"]
     if kind == "plan":
       if entry["format"] != _FORMAT:
@@ -478,6 +413,8 @@ class Ledger:
       raise ValueError("a ledger begins with its plan")
     elif kind == "branch":
       branch = Branch(**{name: entry[name] for name in Branch._fields})
+      if branch.name in self._branches:
+        raise ValueError(f"branch {branch.name[:12]} is opened again")
       self._branches[branch.name] = branch
       self._environments[branch.name] = [(branch.fork_step, branch.environment)]
     elif kind == "environment":
@@ -492,12 +429,6 @@ class Ledger:
       self._unprotected.append(entry["what"])
     else:
       raise ValueError(f"unknown kind {kind!r}")
-    self._last_hash = hashlib.sha256(line.encode()).hexdigest()
-    self._good_bytes += len(line.encode())
-
-  def _attach(self, file: Any) -> None:
-    os.ftruncate(file.fileno(), self._good_bytes)
-    self._file = file
 
 
 @contextlib.contextmanager
@@ -524,7 +455,7 @@ def opened(directory: pathlib.Path) -> Iterator[Ledger]:
         " another MODEL_DIR."
       ) from error
     ledger = Ledger(path)
-    ledger._attach(file)
+    ledger.attach(file)
     yield ledger
 
 
@@ -555,7 +486,3 @@ def _keep_name(directory: pathlib.Path) -> None:
     os.fsync(descriptor)
   finally:
     os.close(descriptor)
-
-
-def _digest(*parts: str) -> str:
-  return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()

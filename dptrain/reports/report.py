@@ -3,7 +3,7 @@
 Everything in it is computed from the ledger alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import datetime
 import decimal
@@ -65,7 +65,7 @@ SAMPLING_TEXT = {
     " a record takes part at most once in each round"
   ),
 }
-_PUBLIC_NUMBER = "The number of records is treated as public."
+_PUBLIC_NUMBER = "The number of {}s is treated as public."
 # True of every run, whatever its configuration.
 _ALWAYS_UNPROTECTED = (
   "Text that occurs in several records is protected once per record, not as a"
@@ -196,8 +196,14 @@ class PrivacyReport:
         f"{unamplified} ({self._unamplified()})",
       ),
       ("budget", "none" if budget is None else f"epsilon {budget:g}"),
-      ("records", f"{plan['num_examples']:,}{self._estimated()}"),
-      ("sampling", SAMPLING_TEXT[plan["sampling"]]),
+      (
+        f"{sampled(plan)}s",
+        f"{plan['num_examples']:,}{self._estimated()}",
+      ),
+      (
+        "sampling",
+        SAMPLING_TEXT[plan["sampling"]].replace("record", sampled(plan)),
+      ),
       ("clipping", self._clipping()),
       ("noise multiplier", f"{plan['noise_multiplier']:g}{self._banded()}"),
       *self._metrics(),
@@ -233,8 +239,8 @@ class PrivacyReport:
     if self.plan["sampling"] in rounds.UNAMPLIFIED:
       return "the same: none is claimed for this sampling"
     if self.num_rounds != self.num_releases:
-      return "as if every round had read every record"
-    return "as if every update had read every record"
+      return f"as if every round had read every {sampled(self.plan)}"
+    return f"as if every update had read every {sampled(self.plan)}"
 
   def _estimated(self) -> str:
     private = self.plan["relation"] == "add_or_remove_one"
@@ -333,11 +339,21 @@ def make_report(ledger: ledger_lib.Ledger) -> PrivacyReport:
     schedule=[dataclasses.asdict(release) for release in updates],
     unprotected=[
       *ledger.unprotected,
-      *([] if plan["relation"] == "add_or_remove_one" else [_PUBLIC_NUMBER]),
+      *(
+        []
+        if plan["relation"] == "add_or_remove_one"
+        else [_PUBLIC_NUMBER.format(sampled(plan))]
+      ),
       *_ALWAYS_UNPROTECTED,
     ],
     versions=versions(),
   )
+
+
+def sampled(plan: Mapping[str, Any]) -> str:
+  """What an update samples, and counts, in a word."""
+  by_record = plan.get("unit_sampling", "units") == "records"
+  return "record" if by_record else str(plan["unit"])
 
 
 def _unit(plan: dict[str, Any]) -> str:

@@ -188,7 +188,7 @@ def _groups(
   limit = f"over {accounting.MAX_EPSILON_FOR_PLD:g}"
   rows = [
     [
-      f"{size} records",
+      f"{size} {report_lib.sampled(made.plan)}s",
       limit if value is None else report_lib.rounded_up(value),
     ]
     for size, value in found.items()

@@ -137,9 +137,8 @@ def prepare(
   records_lib.check_records(run, records)
   records_store, validation = records.train, records.validation
   store = examples_lib.of_run(run, records_store, validation, seed)
-  if (
-    run.privacy.relation != "add_or_remove_one"
-  ):  # else their number is private
+  # Where their number is private, no error may depend on it.
+  if run.privacy.relation != "add_or_remove_one":
     batches.check_physical_batch(store.num_examples, run.physical_batch_size)
   recorded = ledger.header.get("plan", {})
   others = records.others(run.privacy)

@@ -32,7 +32,7 @@ def test_a_unit_has_at_most_k_records_and_all_if_they_are_few(owners, k):
   counts = collections.Counter(owners)
   order = list(dict.fromkeys(owners))
   assert found.num_examples == len(order)
-  assert found.record_shape[0] <= k
+  assert found.record_shape[0] == k  # whatever the largest unit holds
   for row, owner in zip(found.members, order, strict=True):
     members = row[row >= 0]
     assert len(members) == min(k, counts[owner])

@@ -56,8 +56,9 @@ def entries(directory):
 
 def state(ledger):
   """All that a ledger knows."""
+  lines = vars(ledger._lines)
   return {
     name: value
-    for name, value in vars(ledger).items()
-    if name not in ("_file", "path")
+    for name, value in {**vars(ledger), **lines}.items()
+    if name not in ("_file", "path", "_lines", "_take")
   }

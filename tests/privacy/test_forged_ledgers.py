@@ -58,6 +58,7 @@ def test_what_was_not_changed_is_read(tmp_path):
     (lambda x: [*x[:3], *x[4:]], "update 2 stands where 1 must"),
     (lambda x: [*x[:-1], {**x[-1], "round": 0}], "a round of its own"),
     (lambda x: [*x[:-1], {**x[-1], "branch": "b" * 64}], "was never opened"),
+    (lambda x: [*x, x[1]], "is opened again"),
     (lambda x: [*x, {"kind": "note"}], "unknown kind 'note'"),
   ],
 )

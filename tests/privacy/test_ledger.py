@@ -411,7 +411,9 @@ def test_a_full_disk_stops_the_update_and_keeps_the_ledger(
     before = file_of(tmp_path).read_bytes()
     with monkeypatch.context() as patch:
       patch.setattr(
-        ledger, "_file", FullDisk(ledger._file, takes, silent=silent)
+        ledger._lines,
+        "_file",
+        FullDisk(ledger._lines._file, takes, silent=silent),
       )
       if not mends:
 

@@ -154,6 +154,8 @@ def test_a_run_at_user_level(tmp_path):
     "privacy unit any one president's addresses (of which at most 3" in text
   )
   assert "as one example" in text
+  assert "users 40 sampling poisson: each user independently" in text
+  assert "The number of users is treated as public." in text
 
 
 def test_a_run_at_document_level_goes_on_bit_for_bit(tmp_path):
