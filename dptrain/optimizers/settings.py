@@ -17,6 +17,12 @@ def check_fraction(name: str, value: float) -> None:
     raise ValueError(f"{name}={value} must lie in [0, 1)")
 
 
+def check_decay(name: str, value: float) -> None:
+  """Raises ValueError unless `value` lies in [0, 1]; 1 adds up for ever."""
+  if not 0.0 <= value <= 1.0:
+    raise ValueError(f"{name}={value} must lie in [0, 1]")
+
+
 def check_learning_rate(learning_rate: optax.ScalarOrSchedule) -> None:
   """Raises ValueError unless given a schedule or a positive number."""
   if not callable(learning_rate):
