@@ -1,6 +1,7 @@
 """Range checks on optimizer settings, each naming the setting it refuses."""
 
 import math
+from typing import Any
 
 import optax
 
@@ -30,19 +31,39 @@ def check_learning_rate(learning_rate: optax.ScalarOrSchedule) -> None:
 
 
 def check_weight_decay(
-  weight_decay: float, learning_rate: optax.ScalarOrSchedule
+  weight_decay: float, learning_rate: optax.ScalarOrSchedule | None = None
 ) -> None:
   """Raises ValueError on a decay that is negative or overshoots zero.
 
   A schedule's peak is not known here, so only a fixed learning rate is held
-  against the decay.
+  against the decay; None where their product is not what shrinks the weights.
   """
   if not (math.isfinite(weight_decay) and weight_decay >= 0.0):
     raise ValueError(
       f"weight_decay={weight_decay} must be a finite number, 0 or more"
     )
-  if not callable(learning_rate) and weight_decay * float(learning_rate) >= 1:
+  if learning_rate is None or callable(learning_rate):
+    return
+  if weight_decay * float(learning_rate) >= 1:
     raise ValueError(
       f"weight_decay={weight_decay} times learning_rate={learning_rate} is 1"
       " or more, which erases the weights at each update; lower either"
+    )
+
+
+def check_params(params: Any) -> None:
+  """Raises ValueError unless `update` was given the parameters."""
+  if params is None:
+    raise ValueError(
+      "update() was given no params, which this optimizer compares its steps"
+      " with: call update(gradients, state, params)"
+    )
+
+
+def check_nesterov(nesterov: bool, momentum: float) -> None:
+  """Raises ValueError if there is no momentum to look ahead with."""
+  if nesterov and momentum == 0.0:
+    raise ValueError(
+      "nesterov=True needs momentum, but momentum=0.0; set momentum or"
+      " nesterov=False"
     )

@@ -36,11 +36,7 @@ def sgd(
   settings.check_learning_rate(learning_rate)
   settings.check_fraction("momentum", momentum)
   settings.check_weight_decay(weight_decay, learning_rate)
-  if nesterov and momentum == 0.0:
-    raise ValueError(
-      "nesterov=True needs momentum, but momentum=0.0; set momentum or"
-      " nesterov=False"
-    )
+  settings.check_nesterov(nesterov, momentum)
   return optax.chain(
     optax.trace(momentum, nesterov) if momentum else optax.identity(),
     optax.add_decayed_weights(

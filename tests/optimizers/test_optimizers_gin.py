@@ -6,12 +6,32 @@ import optax
 import pytest
 
 from dptrain.optimizers import adamw
+from dptrain.optimizers import lamb
+from dptrain.optimizers import lars
+from dptrain.optimizers import nesterov
 from dptrain.optimizers import sgd
 from dptrain.optimizers import sm3
+from dptrain.optimizers import weight_decay
 import gin
 
 GIN = pathlib.Path(__file__).parents[2] / "gin"
-FACTORIES = {"adamw": adamw.adamw, "sgd": sgd.sgd, "sm3": sm3.sm3}
+FACTORIES = {
+  "adamw": adamw.adamw,
+  "grafted_sm3": weight_decay.with_decay,
+  "lamb": lamb.lamb,
+  "lars": lars.lars,
+  "nesterov": nesterov.nesterov,
+  "sgd": sgd.sgd,
+  "sm3": sm3.sm3,
+}
+# What decay alone takes off a weight in an update; others: 0.5 * rate.
+TAKEN = {
+  "lamb": lambda rates: rates[-1],  # a layer moves by its rate
+  # 0.001 of the norm, kept in the momentum; to first order in it.
+  "lars": lambda rates: (
+    1e-3 * sum(r * 0.9**n for n, r in enumerate(rates[::-1]))
+  ),
+}
 MACROS = [
   "LEARNING_RATE = 0.2",
   "WARMUP_STEPS = 1",
@@ -41,12 +61,17 @@ def test_builds_the_optimizer_its_macros_describe(name):
     ],
     [*MACROS, "VOCABULARY_SIZE = 100"],
   )
-  assert f"{name}.{name}" in repr(gin.query_parameter("%OPTIMIZER"))
-  optimizer = gin.get_configurable(FACTORIES[name])()
+  factory = FACTORIES[name]
+  module = factory.__module__.rsplit(".", 1)[-1]
+  bound = f"{module}.{factory.__name__}"
+  assert bound in repr(gin.query_parameter("%OPTIMIZER"))
+  optimizer = gin.get_configurable(factory)()
   weights = {"kernel": jnp.full((2, 2), 2.0)}
   state = optimizer.init(weights)
-  for rate in (0.1, 0.2, 0.1):
-    expected = weights["kernel"] * (1 - 0.5 * rate)
+  taken = TAKEN.get(name, lambda rates: 0.5 * rates[-1])
+  rates = [0.1, 0.2, 0.1]
+  for update in range(3):
+    expected = weights["kernel"] * (1 - taken(rates[: update + 1]))
     updates, state = optimizer.update(
       {"kernel": jnp.zeros((2, 2))}, state, weights
     )
