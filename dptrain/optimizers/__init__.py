@@ -1,9 +1,18 @@
 """What turns a privatised gradient into new parameters.
 
-`adamw` and `sgd` are the optimizers, `learning_rate` the schedules they take,
-`weight_decay` the rule for which parameters decay. All are plain Optax, so any
-`optax.GradientTransformation` fits where they do. Nothing here imports
-dptrain's other wings.
+  adamw  sgd  nesterov  adagrad  rmsprop    the usual optimizers
+  sm3             second moments per row and per column
+  lamb  lars      steps as long as their layer's weights
+  grafting        the length of one optimizer's step, the direction of another's
+  step_size_adaptation  steps that learn how long to be, around any optimizer
+  second_moments  what privacy noise adds to squares, and how to take it off
+  learning_rate   schedules
+  weight_decay    which parameters decay
+  layers          what is one layer where a scan stacks them
+  settings        refusals
+
+All are plain Optax, so any `optax.GradientTransformation` fits where they do.
+Nothing here imports dptrain's other wings.
 
 Formal guarantee: an optimizer sees the privatised gradient and its own past
 outputs, never an example, so whatever it does is post-processing and costs no

@@ -12,6 +12,21 @@ def check_positive(name: str, value: float) -> None:
     raise ValueError(f"{name}={value} must be a finite number above 0")
 
 
+def check_not_negative(name: str, value: float) -> None:
+  """Raises ValueError unless `value` is finite and 0 or more."""
+  if not (math.isfinite(value) and value >= 0.0):
+    raise ValueError(f"{name}={value} must be a finite number, 0 or more")
+
+
+def check_limits(name: str, limits: tuple[float, float]) -> None:
+  """Raises ValueError unless the limits are positive, with 1 between them."""
+  least, greatest = limits
+  if not (0.0 < least <= 1.0 <= greatest < math.inf):
+    raise ValueError(
+      f"{name}={limits} must be two finite numbers above 0 with 1 between them"
+    )
+
+
 def check_fraction(name: str, value: float) -> None:
   """Raises ValueError unless `value` lies in [0, 1)."""
   if not 0.0 <= value < 1.0:

@@ -17,6 +17,7 @@ import gin
 GIN = pathlib.Path(__file__).parents[2] / "gin"
 FACTORIES = {
   "adamw": adamw.adamw,
+  "adapted_sgd": weight_decay.with_decay,
   "grafted_sm3": weight_decay.with_decay,
   "lamb": lamb.lamb,
   "lars": lars.lars,
