@@ -5,6 +5,7 @@
   lamb  lars      steps as long as their layer's weights
   grafting        the length of one optimizer's step, the direction of another's
   step_size_adaptation  steps that learn how long to be, around any optimizer
+  scale_then_privatise  noise shared out as the gradients are (models.scaled)
   second_moments  what privacy noise adds to squares, and how to take it off
   learning_rate   schedules
   weight_decay    which parameters decay

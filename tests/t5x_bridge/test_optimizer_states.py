@@ -10,6 +10,12 @@ pytest.importorskip("t5x", reason="t5x is missing")
 import matrix_optimizer
 from t5x import optimizers as t5x_optimizers
 
+from dptrain.optimizers import adamw
+from dptrain.optimizers import grafting
+from dptrain.optimizers import lamb
+from dptrain.optimizers import rmsprop
+from dptrain.optimizers import sm3
+from dptrain.optimizers import step_size_adaptation
 from dptrain.t5x_bridge import optimizers
 
 PARAMS = {"dense": {"kernel": (16, 64), "bias": (64,)}, "bias": (16,)}
@@ -53,6 +59,10 @@ def derived(transformation, state_axes=None):
       {"dense": {"kernel": True, "bias": False}, "bias": False},
     ),
     matrix_optimizer.matrices(1e-3),
+    sm3.sm3(1e-3),
+    adamw.adamw(1e-3, correct_noise=True),
+    grafting.graft(rmsprop.rmsprop(1e-3), lamb.lamb(1e-3)),
+    step_size_adaptation.adapt_step_size(sm3.sm3(1e-3, b1=0.0), gain_rate=0.1),
   ],
 )
 def test_states_of_all_kinds_get_axes(transformation):
