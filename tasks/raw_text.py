@@ -15,7 +15,7 @@ from dptrain.data import seqio_import
 
 TRAIN: Final = "train"
 VALIDATION: Final = "validation"
-_FEATURES: Final = ("source", "text", "document", "unit")
+FEATURES: Final = ("source", "text", "document", "unit")
 
 
 def add_task(
@@ -39,16 +39,47 @@ def add_task(
   Returns:
     `name`.
   """
-  seqio_import.when_seqio_is_needed(lambda: _add(name, documents, splits))
+  return add_source(name, lambda: _function_source(documents, splits))
+
+
+def add_source(name: str, make_source: Callable[[], Any]) -> str:
+  """Adds a task of raw documents from a seqio source, as `add_task` does.
+
+  Args:
+    name: the task's name.
+    make_source: called when seqio is imported; returns a `seqio.DataSource`
+      whose examples hold the scalar strings "source", "text", "document" and
+      "unit".
+
+  Returns:
+    `name`.
+  """
+  seqio_import.when_seqio_is_needed(lambda: _add(name, make_source()))
   return name
 
 
-def _add(
-  name: str,
-  documents: Callable[[str], Iterable[tuple[str, ...]]],
-  splits: Sequence[str],
-) -> None:
+def _add(name: str, source: Any) -> None:
   """Adds the task to seqio's registry."""
+  seqio = seqio_import.import_seqio()
+  string = seqio.Feature(
+    vocabulary=seqio.PassThroughVocabulary(size=0),
+    add_eos=False,
+    dtype=seqio_import.import_tensorflow().string,
+    rank=0,
+  )
+  seqio.TaskRegistry.remove(name)
+  seqio.TaskRegistry.add(
+    name,
+    source=source,
+    preprocessors=[],
+    output_features=dict.fromkeys(FEATURES, string),
+  )
+
+
+def _function_source(
+  documents: Callable[[str], Iterable[tuple[str, ...]]], splits: Sequence[str]
+) -> Any:
+  """A seqio source of what a Python function returns."""
   seqio = seqio_import.import_seqio()
   tensorflow = seqio_import.import_tensorflow()
 
@@ -58,22 +89,10 @@ def _add(
     scalar = tensorflow.TensorSpec((), tensorflow.string)
     return tensorflow.data.Dataset.from_generator(
       lambda: _examples(pairs),
-      output_signature=dict.fromkeys(_FEATURES, scalar),
+      output_signature=dict.fromkeys(FEATURES, scalar),
     )
 
-  string = seqio.Feature(
-    vocabulary=seqio.PassThroughVocabulary(size=0),
-    add_eos=False,
-    dtype=tensorflow.string,
-    rank=0,
-  )
-  seqio.TaskRegistry.remove(name)
-  seqio.TaskRegistry.add(
-    name,
-    source=seqio.FunctionDataSource(dataset, splits=splits),
-    preprocessors=[],
-    output_features=dict.fromkeys(_FEATURES, string),
-  )
+  return seqio.FunctionDataSource(dataset, splits=splits)
 
 
 def stable_fraction(key: str) -> float:
@@ -97,7 +116,7 @@ def _examples(
 ) -> Iterator[dict[str, bytes]]:
   """Turns documents into seqio examples."""
   for values in pairs:
-    told = dict(zip(_FEATURES, (*values, "", ""), strict=False))
+    told = dict(zip(FEATURES, (*values, "", ""), strict=False))
     # Python strings may hold lone surrogates, which UTF-8 cannot.
     yield {
       name: value.encode("utf-8", errors="replace")

@@ -9,17 +9,14 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterator, Sequence
 import dataclasses
-import glob
 import hashlib
-import os
-import re
 from typing import Final
 
+from dptrain.tasks import dividing
+from dptrain.tasks import found_files
 from dptrain.tasks import raw_text
 
-_WILDCARD: Final = re.compile(r"[*?\[]")
-_ERROR_HANDLERS: Final = ("strict", "replace", "ignore")
-_BYTE_ORDER_MARK: Final = "\ufeff"
+_EXAMPLE: Final = "**/*.txt"
 _READ_BYTES: Final = 2**16
 
 
@@ -31,6 +28,7 @@ def register(
   encoding_errors: str = "strict",
   unit: str | None = None,
   split_by: str = "passage",
+  read_through: bool = True,
 ) -> str:
   """Registers text files as a seqio task, after reading them through once.
 
@@ -54,6 +52,9 @@ def register(
       PrivacySettings.unit="user".
     split_by: "passage", "document" (a file) or "unit": what is in one split
       with all its text. Choose what PrivacySettings.unit protects.
+    read_through: False stops the first reading as soon as both splits have a
+      passage: nothing else changes, but what is wrong further on is told when
+      it is reached. For corpora of many gigabytes.
 
   Returns:
     The task's name, a function of the arguments.
@@ -64,20 +65,26 @@ def register(
     FileNotFoundError: if a glob matches no file.
   """
   corpus = _TextFiles(
-    globs=_absolute_globs(files),
+    globs=found_files.absolute_globs(files, _EXAMPLE),
     validation_fraction=validation_fraction,
     passage_chars=passage_chars,
     encoding_errors=encoding_errors,
     unit=unit,
     split_by=split_by,
   )
-  found = tuple(_find_files(corpus.globs))
-  lowest = _survey(corpus, found)
-  splits = (raw_text.TRAIN, raw_text.VALIDATION)
+  found = tuple(found_files.find(corpus.globs, _EXAMPLE))
+  division = dividing.survey(
+    (fraction for _, fraction, _ in _passages(corpus, found)),
+    validation_fraction,
+    where=f"the {len(found)} files that match {', '.join(corpus.globs)}",
+    what="passage(s)",
+    way_out=f"lower passage_chars={passage_chars}",
+    read_through=read_through,
+  )
   return raw_text.add_task(
     f"dptrain_text_files_{corpus.digest()}",
-    lambda split: _Passages(corpus, found, lowest, split),
-    splits if validation_fraction else splits[:1],
+    lambda split: _Passages(corpus, found, division, split),
+    division.splits,
   )
 
 
@@ -93,54 +100,26 @@ class _TextFiles:
   split_by: str = "passage"
 
   def __post_init__(self) -> None:
-    if not 0 <= self.validation_fraction < 1:
-      raise ValueError(
-        f"validation_fraction={self.validation_fraction} must be at least 0 "
-        "and below 1"
-      )
+    dividing.check_fraction(self.validation_fraction)
     if self.passage_chars < 1:
       raise ValueError(
         f"passage_chars={self.passage_chars} must be at least 1; the default "
         "is 20000"
       )
-    if self.encoding_errors not in _ERROR_HANDLERS:
-      raise ValueError(
-        f"encoding_errors={self.encoding_errors!r} must be one of "
-        f"{', '.join(map(repr, _ERROR_HANDLERS))}"
-      )
-
-    if self.split_by not in ("passage", "document", "unit"):
-      raise ValueError(
-        f"split_by={self.split_by!r} must be 'passage', 'document' or 'unit'"
-      )
-    if self.split_by == "unit" and self.unit is None:
-      raise ValueError(
-        "split_by='unit' needs unit, a regular expression that finds the user "
-        "in a file's path"
-      )
-    try:
-      groups = re.compile(self.unit or "()").groups
-    except re.error as error:
-      raise ValueError(
-        f"unit={self.unit!r} is no regular expression: {error}"
-      ) from error
-    if groups != 1:
-      raise ValueError(
-        f"unit={self.unit!r} has {groups} groups; it needs one, around what "
-        "names the user, as in '-([A-Za-z]+)[.]txt'"
-      )
+    found_files.check_encoding_errors(self.encoding_errors)
+    dividing.check_split_by(
+      self.split_by,
+      ("passage", "document", "unit"),
+      self.unit,
+      "unit, a regular expression that finds the user in a file's path",
+    )
+    dividing.check_pattern("unit", self.unit)
 
   def unit_of(self, key: str) -> str:
     """The user that a file is of; empty if none is asked for."""
     if self.unit is None:
       return ""
-    match = re.search(self.unit, key)
-    if match is None or not match[1]:
-      raise ValueError(
-        f"unit={self.unit!r} finds no user in the path {key!r}; correct the "
-        "expression, or give globs of files that have one"
-      )
-    return match[1]
+    return dividing.found_user("unit", self.unit, key, f"the path {key!r}")
 
   def digest(self) -> str:
     """Names the arguments in ten hexadecimal digits."""
@@ -153,73 +132,15 @@ class _Passages:
 
   corpus: _TextFiles
   found: tuple[tuple[str, str], ...]
-  lowest: float
+  division: dividing.Division
   split: str
 
   def __iter__(self) -> Iterator[tuple[str, str, str, str]]:
     wanted = self.split == raw_text.VALIDATION
     for source, fraction, text in _passages(self.corpus, self.found):
-      if _is_validation(self.corpus, fraction, self.lowest) == wanted:
+      if self.division.is_validation(fraction) == wanted:
         key = source.rpartition(":")[0]
         yield source, text, key, self.corpus.unit_of(key)
-
-
-def _is_validation(corpus: _TextFiles, fraction: float, lowest: float) -> bool:
-  """Tells whether a passage with this hash belongs to validation."""
-  # The lowest hash always does, so that a small corpus has a validation split.
-  return corpus.validation_fraction > 0 and (
-    fraction <= max(lowest, corpus.validation_fraction)
-  )
-
-
-def _survey(corpus: _TextFiles, found: tuple[tuple[str, str], ...]) -> float:
-  """Reads everything once for its errors; returns the lowest passage hash."""
-  fractions = [fraction for _, fraction, _ in _passages(corpus, found)]
-  if not fractions:
-    raise ValueError(
-      f"the {len(found)} files that match {', '.join(corpus.globs)} hold no "
-      "text; give files with text in them"
-    )
-  lowest = min(fractions)
-  if all(_is_validation(corpus, each, lowest) for each in fractions):
-    raise ValueError(
-      f"{len(fractions)} passage(s) in {', '.join(corpus.globs)} leave the "
-      f"train split empty at validation_fraction={corpus.validation_fraction}, "
-      f"passage_chars={corpus.passage_chars}; lower passage_chars, or set "
-      "validation_fraction=0 to train without validation"
-    )
-  return lowest
-
-
-def _absolute_globs(files: str | Sequence[str]) -> tuple[str, ...]:
-  """Expands "~" and makes globs absolute."""
-  globs = (files,) if isinstance(files, str) else tuple(files)
-  if not globs or not all(globs):
-    raise ValueError(
-      f"files={files!r} names no file; give a glob such as 'corpus/**/*.txt'"
-    )
-  return tuple(os.path.abspath(os.path.expanduser(each)) for each in globs)
-
-
-def _find_files(globs: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-  """Yields (path, path below the glob's fixed part), each file once, sorted."""
-  keys: dict[str, str] = {}
-  for pattern in globs:
-    # A file's name may itself contain a bracket.
-    literal = os.path.isfile(pattern)
-    matches = [pattern] if literal else glob.glob(pattern, recursive=True)
-    paths = [path for path in matches if os.path.isfile(path)]
-    if not paths:
-      hint = " (a folder: append '/**/*.txt')" if os.path.isdir(pattern) else ""
-      raise FileNotFoundError(f"no file matches {pattern!r}{hint}")
-    wildcard = None if literal else _WILDCARD.search(pattern)
-    fixed = pattern[: wildcard.start()] if wildcard else pattern
-    root = os.path.dirname(fixed)
-    for path in paths:
-      # Two globs, or a link, may lead to one file; it must count once.
-      key = os.path.relpath(path, root).replace(os.sep, "/")
-      keys.setdefault(os.path.realpath(path), key)
-  yield from sorted(keys.items())
 
 
 def _passages(
@@ -263,18 +184,14 @@ def _lines(corpus: _TextFiles, path: str) -> Iterator[str]:
       try:
         text = decoder.decode(raw, final=not raw)
       except UnicodeDecodeError as error:
-        raise ValueError(
-          f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at "
-          f"offset {offset - waiting + error.start}; convert the file, or set "
-          "encoding_errors='replace' (--gin.ENCODING_ERRORS=replace)"
-        ) from error
+        raise found_files.not_utf8(path, error, offset - waiting) from error
       if strict and "\0" in text:
         raise ValueError(
           f"{path} is binary: it holds a NUL byte near offset {offset}; leave "
           "it out, or set encoding_errors='replace' "
           "(--gin.ENCODING_ERRORS=replace) to take it as text"
         )
-      held += text if offset else text.removeprefix(_BYTE_ORDER_MARK)
+      held += text if offset else text.removeprefix(found_files.BYTE_ORDER_MARK)
       offset += len(raw)
       # A text that just fills a part may be followed by more of its line.
       while len(held) > limit:

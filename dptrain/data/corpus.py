@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import difflib
+import re
 from typing import Any, NamedTuple
 
 from dptrain.data.seqio_import import import_seqio
@@ -30,6 +31,9 @@ class Document(NamedTuple):
 
 # Features that an example may have beside "text".
 _OPTIONAL = ("source", "document", "unit")
+# TensorFlow hands on what Python raised as a text, with its traceback.
+_RAISED = re.compile(r"\w+(?:Error|Exception): (.*?)\nTraceback ", re.DOTALL)
+_NODES = re.compile(r"\{\{.*?\}\} |\[\[?\{.*|\[Op:.*")
 
 
 def read_documents(
@@ -56,7 +60,8 @@ def read_documents(
   Raises:
     ValueError: at once if no such task is registered, if it lacks the split, or
       if it has no "text" feature; on the first `next` if the split holds no
-      document; while reading if a text is not UTF-8.
+      document; while reading if a text is not UTF-8, or the task's source
+      fails.
   """
   if encoding_errors not in ("strict", "replace"):
     raise ValueError(
@@ -132,7 +137,7 @@ def _documents(
   """Yields the documents of each (name, dataset) in turn."""
   empty = True
   for name, dataset in datasets:
-    for position, example in enumerate(dataset.as_numpy_iterator()):
+    for position, example in enumerate(_examples(name, split, dataset)):
       told = {
         # Bytes that are no text still tell units apart.
         feature: example[feature].decode("utf-8", errors="surrogateescape")
@@ -157,3 +162,23 @@ def _documents(
       f"split {split!r} of seqio task {task!r} holds no document; check the "
       "task's files and how it divides them into splits"
     )
+
+
+def _examples(name: str, split: str, dataset: Any) -> Iterator[dict[str, Any]]:
+  """Yields a dataset's examples; one plain sentence if reading fails."""
+  number = 0
+  examples = dataset.as_numpy_iterator()
+  while True:
+    try:
+      example = next(examples, None)
+    except import_tensorflow().errors.OpError as error:
+      raised = _RAISED.search(error.message)
+      told = raised[1] if raised else _NODES.sub("", error.message).strip()
+      raise ValueError(
+        f"split {split!r} of seqio task {name!r} cannot be read beyond "
+        f"{number} document(s): {told}"
+      ) from error
+    if example is None:
+      return
+    number += 1
+    yield example

@@ -45,7 +45,7 @@ def of_run(
         f"{both} {privacy.unit}(s) have records in both splits,"
         f" {run.train_split!r} and {run.validation_split!r}: exact figures on"
         " the latter would tell about units that training protects. Split the"
-        f" task by {privacy.unit} (text_files.register: split_by), or set"
+        f" task by {privacy.unit} (split_by of its register), or set"
         " TrainingRun.validation_split=None."
       )
   choice = seed.digest("kept records")
