@@ -4,9 +4,13 @@ import gzip
 import json
 import os
 import re
+import tempfile
 import tracemalloc
 from unittest import mock
 
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
 import pytest
 import units_of_tasks
 
@@ -56,6 +60,23 @@ def test_lines_in_plain_and_compressed_files(tmp_path):
   ]
   # Without a field each line is a document, and nobody's.
   assert all(each[2:] == (each[0], "") for each in found["train"])
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+  texts=st.lists(st.text(), min_size=1, max_size=5), ascii_only=st.booleans()
+)
+def test_any_text_comes_back(texts, ascii_only):
+  texts = ["first", *texts]
+  with tempfile.TemporaryDirectory() as folder:
+    path = os.path.join(folder, "a.jsonl")
+    with open(path, "w", encoding="utf-8", newline="") as file:
+      for text in texts:
+        told = {"id": {"text": "not this"}, "text": text}
+        file.write(json.dumps(told, ensure_ascii=ascii_only) + "\n")
+    _, found = register(path, validation_fraction=0)
+  kept = [each for each in texts if each.strip()]
+  assert [each[1] for each in found["train"]] == kept
 
 
 def test_blank_lines_a_mark_and_line_ends_of_windows(tmp_path):

@@ -107,6 +107,15 @@ def test_globs(tmp_path, monkeypatch):
   assert texts(["er/*.txt", "../*.md", "../d.md"]) == ["b", "d"]
 
 
+def test_a_reading_that_stops_early_changes_nothing(tmp_path):
+  write(tmp_path, {"a.txt": "".join(f"line {n}\n" for n in range(200))})
+  arguments = {"passage_chars": 20, "validation_fraction": 0.2}
+  whole = register(str(tmp_path / "a.txt"), **arguments)
+  assert whole == register(
+    str(tmp_path / "a.txt"), **arguments, read_through=False
+  )
+
+
 def test_names_follow_the_arguments(tmp_path):
   write(tmp_path, {"a.txt": "a\nb\n", "b.txt": "c\n"})
   files = str(tmp_path / "*.txt")
