@@ -102,7 +102,7 @@ FAULTS = {
     "privacy/draws.py",
     'if kind == "poisson" or (kind == "cyclic_poisson" and plan.bands == 1):\n',
     'if kind == "poisson":\n    prob = min(1.0, 2 * plan.sampling_prob(step))\n'
-    "    return sampling.poisson_sample(key, num_examples, prob)\n"
+    "    return sampling.poisson(key, num_examples, prob)\n"
     '  if kind == "cyclic_poisson" and plan.bands == 1:\n',
     "training/test_release_path.py::test_the_sampler_draws_with_the"
     "_probability_that_is_priced",

@@ -107,11 +107,12 @@ ROWS = {
   ),
   "shuffled batches priced as Poisson": Row(
     "privacy/sampling.py",
-    "  sizes = None\n",
+    "  sample = poisson(key, num_examples, sampling_prob,"
+    " truncated_batch_size)\n",
     "  size = round(num_examples * sampling_prob)\n"
     "  left = poisson_sample.__dict__.setdefault(num_examples, [])\n"
     "  if len(left) < size:\n"
-    "    left[:] = generator(two_words).permutation(num_examples)\n"
+    "    left[:] = generator(words(key)).permutation(num_examples)\n"
     "  return np.sort(np.array([left.pop() for _ in range(size)]))\n",
     (
       "privacy/test_sampling.py::test_sizes_are_binomial",
@@ -122,7 +123,7 @@ ROWS = {
   "division by the realised batch": Row(
     "training/loop.py",
     "expected_batch_size=float(self.plan.expected_batch_size(step)),",
-    "expected_batch_size=float(max(len(self._drawn(step)), 1)),",
+    "expected_batch_size=float(max(self._drawn(step).size, 1)),",
     (
       "training/test_release_path.py::test_the_sum_is_divided_by_the_public_size"
       "_in_the_loop",
@@ -137,8 +138,8 @@ ROWS = {
   ),
   "truncated batch unpriced": Row(
     "training/feeding.py",
-    "indices = draw(step)\n",
-    "indices = draw(step)[:32]\n",
+    "        size, count = sample.size, shards.num_shards\n",
+    "        size, count = min(sample.size, 32), shards.num_shards\n",
     (
       "training/test_release_path.py::test_every_record_that_is_drawn_takes"
       "_part",

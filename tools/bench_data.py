@@ -68,29 +68,31 @@ def measure_sampling() -> dict[str, float]:
   """Seconds and memory of one draw; of a host's part of it."""
   seed = keys.fixed_seed(0)
 
-  def drawn(step: int, **part: int) -> np.ndarray:
+  def drawn(step: int, hosts: int = 1) -> np.ndarray:
     key = seed.key("sampling", "bench", step)
-    return sampling.poisson_sample(key, RECORDS, PROB, **part)
+    sample = sampling.poisson(key, RECORDS, PROB)
+    return sample.part(0, sample.size // hosts)
 
-  def seconds(**part: int) -> float:
+  def seconds(hosts: int = 1) -> float:
     times = []
     for step in range(7):
       begin = time.perf_counter()
-      drawn(step, **part)
+      drawn(step, hosts)
       times.append(time.perf_counter() - begin)
     return statistics.median(times[1:])
 
   figures = {
     "drawn": len(drawn(0)),
     "seconds": seconds(),
-    "seconds_of_one_host_in_eight": seconds(last=RECORDS // 8),
+    "seconds_of_one_host_in_eight": seconds(hosts=8),
   }
   tracemalloc.start()
   drawn(1)
   figures["peak_bytes"] = tracemalloc.get_traced_memory()[1]
   tracemalloc.stop()
-  edges = [RECORDS * host // 7 for host in range(8)]
-  shares = [drawn(2, first=a, last=b) for a, b in itertools.pairwise(edges)]
+  sample = sampling.poisson(seed.key("sampling", "bench", 2), RECORDS, PROB)
+  edges = [sample.size * host // 7 for host in range(8)]
+  shares = [sample.part(a, b) for a, b in itertools.pairwise(edges)]
   assert np.array_equal(np.concatenate(shares), drawn(2))
   print(
     f"sampling, {RECORDS:,} records at q = {PROB}: {figures['drawn']:,} drawn"

@@ -139,7 +139,7 @@ class Observer:
 
   def as_optimizer(self) -> optax.GradientTransformation:
     """The observer in front of the user's optimizer."""
-    return optax.GradientTransformation(self._init, self._update)
+    return optax.GradientTransformationExtraArgs(self._init, self._update)
 
   def readings(
     self, gradient: Any, params: Any, expected_batch_size: jax.Array | float
@@ -181,7 +181,11 @@ class Observer:
     return ObserverState(jnp.zeros((), jnp.int32), zeros, zeros, zeros, inner)
 
   def _update(
-    self, gradient: Any, state: ObserverState, params: Any = None
+    self,
+    gradient: Any,
+    state: ObserverState,
+    params: Any = None,
+    **extra_args: Any,
   ) -> tuple[Any, ObserverState]:
     segments = self.plan.schedule.segments()
     starts = jnp.asarray([s.first_step for s in segments], jnp.int32)
@@ -191,8 +195,8 @@ class Observer:
     probs = [self.plan.participation_prob(s.first_step) for s in segments]
     read = self.readings(gradient, params, jnp.asarray(sizes)[now])
     ratios = self.log_ratios(read, jnp.asarray(probs, jnp.float32)[now])
-    updates, inner = self.optimizer.update(
-      gradient["model"], state.inner, params["model"]
+    updates, inner = optax.with_extra_args_support(self.optimizer).update(
+      gradient["model"], state.inner, params["model"], **extra_args
     )
     # The canaries' direction turns round after each update: noise that comes
     # back cancels.

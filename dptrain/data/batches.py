@@ -6,7 +6,7 @@ batch, T sequence length.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,17 +69,50 @@ def _deal(
   for start in range(0, len(indices), size):
     members = indices[start : start + size]
     is_padding = rows >= len(members)
-    members = members[rows[~is_padding]]
-    # Fresh arrays each time: a batch may outlive the next one on a device.
-    tokens = np.full((len(rows), *store.record_shape), PAD_ID, np.int32)
-    tokens[~is_padding] = store.gather(members)
-    example_ids = np.zeros(len(rows), np.int32)
-    example_ids[~is_padding] = members
-    yield {
-      "tokens": tokens,
-      "example_ids": example_ids,
-      "is_padding": is_padding,
-    }
+    yield _batch(store, members[rows[~is_padding]], is_padding)
+
+
+def _batch(
+  store: Examples,
+  members: npt.NDArray[np.integer[Any]],
+  is_padding: npt.NDArray[np.bool_],
+) -> dict[str, npt.NDArray[Any]]:
+  """One batch, `members` in the rows that are not padding."""
+  # Fresh arrays each time: a batch may outlive the next one on a device.
+  tokens = np.full((len(is_padding), *store.record_shape), PAD_ID, np.int32)
+  tokens[~is_padding] = store.gather(members)
+  example_ids = np.zeros(len(is_padding), np.int32)
+  example_ids[~is_padding] = members
+  return {
+    "tokens": tokens,
+    "example_ids": example_ids,
+    "is_padding": is_padding,
+  }
+
+
+def batches_of_shares(
+  store: Examples,
+  shares: Sequence[npt.NDArray[np.integer[Any]]],
+  rows_per_share: int,
+  num_batches: int,
+) -> Iterator[dict[str, npt.NDArray[Any]]]:
+  """Deals out a sample of which each shard of a mesh has a share.
+
+  Args:
+    store: the records.
+    shares: indices in [0, N), of each shard that this process builds rows for.
+    rows_per_share: rows of a physical batch that a shard has.
+    num_batches: the same for all shards, and enough for each share.
+
+  Yields:
+    Batches as those of `physical_batches`, the shards' rows one after another.
+  """
+  for number in range(num_batches):
+    begin = number * rows_per_share
+    parts = [share[begin : begin + rows_per_share] for share in shares]
+    places = np.arange(rows_per_share)
+    is_padding = np.concatenate([places >= len(part) for part in parts])
+    yield _batch(store, np.concatenate(parts), is_padding)
 
 
 def evaluation_batches(

@@ -50,6 +50,8 @@ class VocabularySettings:
     model_type: "unigram" or "bpe".
     path: an existing SentencePiece model to use instead of training one, which
       then decides everything else; None to train.
+    declared_public: nothing of the corpus went into the vocabulary at `path`:
+      ledger and report then name it as public, with its fingerprint.
     character_coverage: share of the corpus's characters, by count, that get a
       token of their own; the rarest others become [UNK].
     max_lines: train on at most this many lines, drawn evenly from the corpus.
@@ -61,6 +63,7 @@ class VocabularySettings:
   size: int = 8192
   model_type: str = "unigram"
   path: str | None = None
+  declared_public: bool = False
   character_coverage: float = 0.9995
   max_lines: int = 1_000_000
 
@@ -69,6 +72,11 @@ class VocabularySettings:
       raise ValueError(
         f"vocabulary size={self.size} must exceed the {NUM_SPECIAL} special "
         "tokens; 8192 suits a corpus of a few megabytes"
+      )
+    if self.declared_public and self.path is None:
+      raise ValueError(
+        "vocabulary declared_public=True needs a path: a vocabulary that is "
+        "learned from the training text is not public"
       )
     if self.model_type not in _MODEL_TYPES:
       raise ValueError(

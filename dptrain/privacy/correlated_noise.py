@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +62,18 @@ class BandedNoise:
     Args:
       num_steps: S, of the run.
     """
-    rows = _toeplitz().inverse_coef(
+    return float(self.stddevs(num_steps)[-1])
+
+  def stddevs(self, num_steps: int) -> npt.NDArray[np.float64]:
+    """How far one coordinate's noise spreads, update by update: float64 [S].
+
+    Args:
+      num_steps: S, counted from where the branch begins.
+    """
+    row = _toeplitz().inverse_coef(
       np.asarray(self.coefficients, np.float32), num_steps
     )
-    return float(np.linalg.norm(np.asarray(rows, np.float64)))
+    return np.sqrt(np.cumsum(np.asarray(row, np.float64) ** 2))
 
   def begin(self, like: Any) -> Any:
     """The history before a branch's first update.

@@ -2,7 +2,7 @@
 
 One append-only file of JSON lines lives in MODEL_DIR, outside the checkpoints,
 so that going back to an earlier checkpoint cannot forget what later ones have
-told. Each line carries the hash of the line before it. Six kinds of line:
+told. Each line carries the hash of the line before it. Seven kinds of line:
 
   plan         the plan, the keyed fingerprints of corpus and seed; the first.
   branch       a line of training that starts at the root or forks off another.
@@ -11,6 +11,7 @@ told. Each line carries the hash of the line before it. Six kinds of line:
                shares one with others, its round (`rounds`).
   other        what else was released on the same corpus (`others`).
   unprotected  something that was published without protection.
+  public       something that entered the run and was declared to be public.
 
 A branch is named by a digest of all that decides its gradients. A crash that
 replays the same run finds its releases already written and adds none; whoever
@@ -62,6 +63,7 @@ class Ledger:
     self._releases: dict[str, dict[int, entries.Update]] = {}
     self._others: list[others_lib.OtherRelease] = []
     self._unprotected: list[str] = []
+    self._public: list[others_lib.DeclaredPublic] = []
     self._lines = chained_lines.ChainedLines(path, self._take)
 
   # --- reading -------------------------------------------------------------
@@ -75,6 +77,11 @@ class Ledger:
   def unprotected(self) -> tuple[str, ...]:
     """What was declared to be outside the guarantee."""
     return tuple(self._unprotected)
+
+  @property
+  def public(self) -> tuple[others_lib.DeclaredPublic, ...]:
+    """What entered the run and was declared to be public."""
+    return tuple(self._public)
 
   @property
   def others(self) -> tuple[others_lib.OtherRelease, ...]:
@@ -378,6 +385,11 @@ class Ledger:
     if what not in self._unprotected:
       self._append({"kind": "unprotected", "what": what})
 
+  def declare_public(self, piece: others_lib.DeclaredPublic) -> None:
+    """Notes, once, that `piece` entered the run as public."""
+    if piece not in self._public:
+      self._append({"kind": "public", **piece._asdict()})
+
   # --- the file ------------------------------------------------------------
 
   def attach(self, file: Any) -> None:
@@ -427,6 +439,9 @@ class Ledger:
       self._others.append(others_lib.from_dict(entry))
     elif kind == "unprotected":
       self._unprotected.append(entry["what"])
+    elif kind == "public":
+      told = entry["what"], entry["fingerprint"]
+      self._public.append(others_lib.DeclaredPublic(*told))
     else:
       raise ValueError(f"unknown kind {kind!r}")
 

@@ -36,6 +36,21 @@ class OtherRelease(NamedTuple):
     return self._asdict()
 
 
+class DeclaredPublic(NamedTuple):
+  """What entered a run without protection, since its user says it is public.
+
+  Formal guarantee: none is needed for what no private record has entered. That
+  this is so is taken on trust, and told by the report.
+
+  Attributes:
+    what: in words.
+    fingerprint: names its content.
+  """
+
+  what: str
+  fingerprint: str
+
+
 def from_dict(told: Mapping[str, Any]) -> OtherRelease:
   """What `as_dict` told, among other things."""
   return OtherRelease(**{name: told[name] for name in OtherRelease._fields})

@@ -13,6 +13,8 @@ easy as 1, 2, 3"), so outputs at different counters are as independent as those
 of one stream.
 """
 
+import dataclasses
+
 import jax
 import numpy as np
 import numpy.typing as npt
@@ -33,9 +35,6 @@ def poisson_sample(
   num_examples: int,
   sampling_prob: float,
   truncated_batch_size: int | None = None,
-  *,
-  first: int = 0,
-  last: int | None = None,
 ) -> Indices:
   """Draws each of `num_examples` examples independently.
 
@@ -51,9 +50,8 @@ def poisson_sample(
   uniform part of that size is kept, which is what
   `TruncatedSubsampledGaussianDpEvent` prices (arXiv 2411.04205, 2508.15089).
 
-  Takes time and memory in proportion to the examples drawn in `first`..`last`,
-  and some microseconds for each block there (for each block of the corpus, if
-  truncated).
+  Takes time and memory in proportion to the examples drawn, and some
+  microseconds for each block of the corpus. `poisson` makes parts of it.
 
   Args:
     key: typed threefry key, used for nothing else.
@@ -61,49 +59,22 @@ def poisson_sample(
     sampling_prob: in [0, 1].
     truncated_batch_size: the most examples of the whole sample; None for no
       limit.
-    first: the part of the sample in [first, last) is returned: what the whole
-      holds there, whatever else is asked for.
-    last: N if None.
 
   Returns:
-    Sorted distinct indices, int64 [k]; of the whole corpus, k ~
-    min(Binomial(N, sampling_prob), truncated_batch_size).
+    Sorted distinct indices, int64 [k]; k ~ min(Binomial(N,
+    sampling_prob), truncated_batch_size).
 
   Raises:
-    ValueError: for a probability outside [0, 1], an empty corpus, or a part
-      that is none.
+    ValueError: for a probability outside [0, 1] or an empty corpus.
   """
-  _check_not_empty(num_examples)
-  if not 0.0 <= sampling_prob <= 1.0:
-    raise ValueError(f"sampling_prob={sampling_prob} must lie in [0, 1].")
-  part = _blocks_of(num_examples, first, last)
-  two_words = words(key)
-
-  def begun(block: int) -> tuple[np.random.Generator, int]:
-    draw = generator(two_words, block)
-    return draw, draw.binomial(_length(num_examples, block), sampling_prob)
-
-  sizes = None
-  if truncated_batch_size is not None:
-    count = -(-num_examples // BLOCK)
-    sizes = np.array([begun(block)[1] for block in range(count)])
-    sizes = _thinned(generator(two_words, _ALL), sizes, truncated_batch_size)
-  found = []
-  for block in part:
-    draw, size = begun(block)
-    if sizes is not None:
-      size = sizes[block]
-    found.append(_uniform_set(draw, num_examples, block, size))
-  return _joined(found, first, last)
+  sample = poisson(key, num_examples, sampling_prob, truncated_batch_size)
+  return sample.part(0, sample.size)
 
 
 def fixed_size_sample(
   key: jax.Array,
   num_examples: int,
   size: int,
-  *,
-  first: int = 0,
-  last: int | None = None,
 ) -> Indices:
   """Draws `size` of `num_examples` examples, all sets being equally likely.
 
@@ -117,37 +88,114 @@ def fixed_size_sample(
     key: typed threefry key, used for nothing else.
     num_examples: corpus size N, public.
     size: in 0..N.
-    first: the part of the sample in [first, last) is returned.
-    last: N if None.
 
   Returns:
-    Sorted distinct indices, int64 [size] of the whole corpus.
+    Sorted distinct indices, int64 [size].
 
   Raises:
-    ValueError: for more examples than there are, an empty corpus, or a part
-      that is none.
+    ValueError: for more examples than there are, or an empty corpus.
   """
+  sample = fixed_size(key, num_examples, size)
+  return sample.part(0, sample.size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """A sample whose size by block is drawn, and whose members are not yet.
+
+  Whoever needs a part of it makes that part only: one host of many.
+
+  Formal guarantee: that of `poisson_sample` or `fixed_size_sample`; a part is
+  what the whole holds there, however many parts there are.
+
+  Attributes:
+    two_words: of the key.
+    num_examples: corpus size N.
+    sizes: int64, members by block.
+    sampling_prob: whose binomial draws come first in each block; None: none do.
+  """
+
+  two_words: tuple[int, int]
+  num_examples: int
+  sizes: Indices
+  sampling_prob: float | None
+
+  @property
+  def size(self) -> int:
+    """Members of the whole. PRIVATE."""
+    return int(self.sizes.sum())
+
+  def part(self, begin: int, end: int) -> Indices:
+    """The members from place `begin` to before `end`, in their order.
+
+    Args:
+      begin: in 0..size.
+      end: in begin..size.
+
+    Returns:
+      Sorted distinct indices, int64 [end - begin].
+
+    Raises:
+      ValueError: for places that the sample does not have.
+    """
+    if not 0 <= begin <= end <= self.size:
+      raise ValueError(
+        f"begin={begin}, end={end} must be places in a sample of {self.size}."
+      )
+    if begin == end:
+      return np.zeros(0, np.int64)
+    ends = np.cumsum(self.sizes)
+    low, high = np.searchsorted(ends, (begin, end - 1), side="right")
+    found = [self._members(block) for block in range(low, high + 1)]
+    skipped = int(ends[low] - self.sizes[low])
+    return np.concatenate(found)[begin - skipped : end - skipped]
+
+  def _members(self, block: int) -> Indices:
+    draw = generator(self.two_words, block)
+    if self.sampling_prob is not None:
+      _count(draw, self.num_examples, block, self.sampling_prob)
+    return _uniform_set(draw, self.num_examples, block, int(self.sizes[block]))
+
+
+def poisson(
+  key: jax.Array,
+  num_examples: int,
+  sampling_prob: float,
+  truncated_batch_size: int | None = None,
+) -> Sample:
+  """As `poisson_sample`, to be made part by part."""
+  _check_not_empty(num_examples)
+  if not 0.0 <= sampling_prob <= 1.0:
+    raise ValueError(f"sampling_prob={sampling_prob} must lie in [0, 1].")
+  two_words = words(key)
+  sizes = np.array(
+    [
+      _count(generator(two_words, block), num_examples, block, sampling_prob)
+      for block in range(-(-num_examples // BLOCK))
+    ]
+  )
+  if truncated_batch_size is not None:
+    sizes = _thinned(generator(two_words, _ALL), sizes, truncated_batch_size)
+  return Sample(two_words, num_examples, sizes, sampling_prob)
+
+
+def fixed_size(key: jax.Array, num_examples: int, size: int) -> Sample:
+  """As `fixed_size_sample`, to be made part by part."""
   _check_not_empty(num_examples)
   if not 0 <= size <= num_examples:
     raise ValueError(f"size={size} must lie in 0..{num_examples}.")
-  part = _blocks_of(num_examples, first, last)
   two_words = words(key)
   count = -(-num_examples // BLOCK)
   if count == 1:
-    sizes = np.array([size])
-  else:
-    lengths = [_length(num_examples, block) for block in range(count)]
-    aim = size + _DEVIATIONS * (size + 1) ** 0.5
-    draw = generator(two_words, _ALL)
-    sizes = np.zeros(count, np.int64)
-    while sizes.sum() < size:
-      sizes = draw.binomial(lengths, min(1.0, aim / num_examples))
-    sizes = _thinned(draw, sizes, size)
-  found = [
-    _uniform_set(generator(two_words, block), num_examples, block, sizes[block])
-    for block in part
-  ]
-  return _joined(found, first, last)
+    return Sample(two_words, num_examples, np.array([size]), None)
+  lengths = [_length(num_examples, block) for block in range(count)]
+  aim = size + _DEVIATIONS * (size + 1) ** 0.5
+  draw = generator(two_words, _ALL)
+  sizes = np.zeros(count, np.int64)
+  while sizes.sum() < size:
+    sizes = draw.binomial(lengths, min(1.0, aim / num_examples))
+  sizes = _thinned(draw, sizes, size)
+  return Sample(two_words, num_examples, sizes, None)
 
 
 def words(key: jax.Array) -> tuple[int, int]:
@@ -170,14 +218,11 @@ def _length(num_examples: int, block: int) -> int:
   return min(BLOCK, num_examples - block * BLOCK)
 
 
-def _blocks_of(num_examples: int, first: int, last: int | None) -> range:
-  """The blocks that [first, last) touches."""
-  end = num_examples if last is None else last
-  if not 0 <= first <= end <= num_examples:
-    raise ValueError(
-      f"first={first}, last={last} must be a part of 0..{num_examples}."
-    )
-  return range(first // BLOCK, -(-end // BLOCK) if end > first else 0)
+def _count(
+  draw: np.random.Generator, num_examples: int, block: int, sampling_prob: float
+) -> int:
+  """Members of a block: the first that its generator draws."""
+  return draw.binomial(_length(num_examples, block), sampling_prob)
 
 
 def _thinned(
@@ -199,17 +244,6 @@ def _uniform_set(
   length = _length(num_examples, block)
   drawn = draw.choice(length, size, replace=False, shuffle=False)
   return np.sort(drawn).astype(np.int64) + block * BLOCK
-
-
-def _joined(found: list[Indices], first: int, last: int | None) -> Indices:
-  """Sorted sets of successive blocks as one, cut to [first, last)."""
-  if not found:
-    return np.zeros(0, np.int64)
-  if first:
-    found[0] = found[0][np.searchsorted(found[0], first) :]
-  if last is not None:
-    found[-1] = found[-1][: np.searchsorted(found[-1], last)]
-  return np.concatenate(found)
 
 
 def _check_not_empty(num_examples: int) -> None:

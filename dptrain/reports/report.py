@@ -103,6 +103,7 @@ class PrivacyReport:
     num_rounds: rounds of updates that they are priced by (`rounds`).
     branches: per branch: name, parent, fork step, updates.
     schedule: runs of equal releases: count, sampling_prob, noise_multiplier.
+    public: what entered the run as public: what, and its fingerprint.
     unprotected: what the guarantee does not cover.
     versions: of the packages that computed this.
   """
@@ -121,6 +122,7 @@ class PrivacyReport:
   num_rounds: int
   branches: list[dict[str, Any]]
   schedule: list[dict[str, Any]]
+  public: list[dict[str, str]]
   unprotected: list[str]
   versions: dict[str, str]
 
@@ -145,6 +147,7 @@ class PrivacyReport:
         "Released, over all branches",
         *self._released(),
         "",
+        *declared_public(self.public),
         "Not protected",
         *bullets(self.unprotected),
         "",
@@ -337,6 +340,7 @@ def make_report(ledger: ledger_lib.Ledger) -> PrivacyReport:
       for branch in ledger.branches
     ],
     schedule=[dataclasses.asdict(release) for release in updates],
+    public=[piece._asdict() for piece in ledger.public],
     unprotected=[
       *ledger.unprotected,
       *(
@@ -348,6 +352,14 @@ def make_report(ledger: ledger_lib.Ledger) -> PrivacyReport:
     ],
     versions=versions(),
   )
+
+
+def declared_public(pieces: Sequence[Mapping[str, str]]) -> list[str]:
+  """Lines about what entered a run as public; none if there is nothing."""
+  if not pieces:
+    return []
+  told = [f"{piece['what']}: {piece['fingerprint'][:16]}" for piece in pieces]
+  return ["Declared public (taken on trust; fingerprints)", *bullets(told), ""]
 
 
 def sampled(plan: Mapping[str, Any]) -> str:

@@ -52,6 +52,7 @@ def make_page(
   parts += [
     "<h2>What was released</h2>",
     _released(made),
+    *_public(made),
     "<h2>What is not protected</h2>",
     page.bullets(made.unprotected),
     "<h2>How to check this</h2>",
@@ -226,6 +227,16 @@ def _released(made: report_lib.PrivacyReport) -> str:
   if len(made.branches) > 1:
     branches = f"<p>{len(made.branches)} branches, all priced.</p>"
   return page.columns(names, rows, numeric=set(range(len(names)))) + branches
+
+
+def _public(made: report_lib.PrivacyReport) -> list[str]:
+  if not made.public:
+    return []
+  told = [
+    f"{piece['what']}: SHA-256 {piece['fingerprint'][:16]}…"
+    for piece in made.public
+  ]
+  return ["<h2>What was declared public</h2>", page.bullets(told)]
 
 
 def _checking(made: report_lib.PrivacyReport) -> str:

@@ -24,6 +24,7 @@ class JointReport:
     delta: the largest of the runs'.
     epsilon: of everything that any of them released.
     runs: epsilon of each alone at that delta, by name.
+    public: what entered any of them as public.
     unprotected: what no run protects, and what one of them does not.
   """
 
@@ -34,6 +35,7 @@ class JointReport:
   delta: float
   epsilon: float
   runs: dict[str, float]
+  public: list[dict[str, str]]
   unprotected: list[str]
 
   def as_json(self) -> str:
@@ -69,6 +71,7 @@ class JointReport:
         "",
         *report_lib.table(facts),
         "",
+        *report_lib.declared_public(self.public),
         "Not protected",
         *report_lib.bullets(self.unprotected),
         "",
@@ -136,6 +139,7 @@ def make_joint_report(
     left = others_lib.delta_left(list(others), delta)
     epsilon = accounting.epsilon(everything, left, relation).value
   told = [text for report in reports.values() for text in report.unprotected]
+  pieces = [piece for ledger in ledgers.values() for piece in ledger.public]
   return JointReport(
     claim=all(report.claim for report in reports.values()),
     disjoint=disjoint,
@@ -144,6 +148,7 @@ def make_joint_report(
     delta=delta,
     epsilon=epsilon,
     runs=alone,
+    public=[piece._asdict() for piece in dict.fromkeys(pieces)],
     unprotected=list(dict.fromkeys(told)),
   )
 

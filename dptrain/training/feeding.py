@@ -1,17 +1,27 @@
 """Physical batches of update after update, built while the devices compute."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any, NamedTuple
 
 from dptrain.data import batches
 from dptrain.data import prefetch
 from dptrain.data import store as store_lib
+from dptrain.privacy import draws
 
 # Batches that wait: enough to draw the next update's sample meanwhile.
 _DEPTH = 16
+
+
+class Shards(NamedTuple):
+  """The shards of a mesh that this process has rows for.
+
+  Attributes:
+    own: their numbers, in the order of a physical batch's rows.
+    num_shards: S, of all.
+  """
+
+  own: tuple[int, ...] = (0,)
+  num_shards: int = 1
 
 
 class Feed:
@@ -23,28 +33,36 @@ class Feed:
 
   def __init__(
     self,
-    draw: Callable[[int], npt.NDArray[np.int64]],
+    draw: Callable[[int], draws.Drawn],
     store: store_lib.Examples,
     physical_batch_size: int,
-    rows: npt.NDArray[np.integer[Any]] | None,
+    shards: Shards,
     steps: range,
   ):
     """Begins to draw.
 
     Args:
-      draw: the records of an update; called in another thread, in order.
+      draw: the sample of an update; called in another thread, in order.
       store: what is sampled. PRIVATE.
       physical_batch_size: P.
-      rows: of each batch that this process builds; None for all.
+      shards: which shares of a sample this process deals out. A record's
+        shard depends on how many there are and not on how many processes.
       steps: the updates.
     """
 
     def made() -> Iterator[Any]:
       for step in steps:
-        indices = draw(step)
+        sample = draw(step)
         yield step
-        yield from batches.physical_batches(
-          store, indices, physical_batch_size, rows
+        size, count = sample.size, shards.num_shards
+        yield from batches.batches_of_shares(
+          store,
+          [
+            sample.part(size * own // count, size * (own + 1) // count)
+            for own in shards.own
+          ],
+          physical_batch_size // count,
+          -(-size // physical_batch_size),
         )
         yield None
 

@@ -39,6 +39,7 @@ def lineage(
   corpus: str,
   vocabulary: str,
   programs: str,
+  public: Mapping[str, Any] | None = None,
 ) -> str:
   """Digest of all that decides the updates, apart from their rounding.
 
@@ -47,11 +48,12 @@ def lineage(
     corpus: keyed fingerprint of the training records.
     vocabulary: fingerprint of the vocabulary.
     programs: `program_digest` of the step.
+    public: what decides the term of public records; None without.
 
   Returns:
     64 hexadecimal digits.
   """
-  parts = {
+  parts: dict[str, Any] = {
     "plan": plan,
     "corpus": corpus,
     "vocabulary": vocabulary,
@@ -60,6 +62,8 @@ def lineage(
     # The stream of its generators is not promised to stay.
     "numpy": importlib.metadata.version("numpy"),
   }
+  if public is not None:
+    parts["public"] = public
   return _digest(json.dumps(parts, sort_keys=True))
 
 

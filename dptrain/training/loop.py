@@ -1,23 +1,22 @@
 """The thin loop: the whole of private training in one sitting."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import itertools
 import pathlib
-import time
 from typing import Any
 
 import jax
-import numpy as np
 
 from dptrain.clipping import private_metrics
-from dptrain.privacy import accounting
+from dptrain.data import store as store_lib
 from dptrain.privacy import budget
 from dptrain.privacy import draws
 from dptrain.privacy import ledger as ledger_lib
 from dptrain.privacy import plan as plan_lib
 from dptrain.reports import report as report_lib
 from dptrain.training import checkpoints as checkpoints_lib
+from dptrain.training import epsilon_meter
 from dptrain.training import evaluation as evaluation_lib
 from dptrain.training import feeding
 from dptrain.training import lineage as lineage_lib
@@ -127,8 +126,17 @@ class _Loop:
       programs.next_noise,
     )
     self.noise_history: Any = None
+    banded = plan_lib.banded_noise(prepared.plan)
+    self.noise_stddevs = banded.stddevs(self.plan.num_steps) if banded else None
+    self.public_zeros, self.public_accumulate = (None, None)
+    if prepared.public is not None:
+      self.public_zeros, self.public_accumulate = programs_lib.make_public(
+        prepared.public.term, prepared.layout
+      )
     self.batches_built = itertools.count()
-    self.epsilon = _EpsilonMeter(self.plan.delta, self.plan.relation)
+    self.epsilon = epsilon_meter.EpsilonMeter(
+      self.plan.delta, self.plan.relation
+    )
     self.evaluation: evaluation_lib.Evaluation | None = None
     self.released = private_curves.PrivateCurves(
       prepared.step.metrics, self.plan
@@ -163,8 +171,17 @@ class _Loop:
         self._say_layout(self.prepared.layout)
       chosen = self.prepared.clipping
       progress_lib.say(f"clipping: {chosen.method} ({chosen.reason})")
-      self.feed = self._feed(range(step, limit))
+      self.feed = self._feed(
+        self._drawn, self.prepared.store, range(step, limit)
+      )
       stack.callback(self.feed.close)
+      if public := self.prepared.public:
+        self.public_feed = self._feed(
+          lambda step: public.draw(self._key("public sample", step)),
+          public.store,
+          range(step, limit),
+        )
+        stack.callback(self.public_feed.close)
       if step >= limit:
         progress_lib.say(f"all {step} updates are made: nothing left to do")
       try:
@@ -240,8 +257,9 @@ class _Loop:
     accumulator = self.zeros(params, state["opt_state"])
     examples_key = self._key("examples", step)
     # Nothing here waits for a device: the next batches are built meanwhile.
-    for batch in self._batches(step):
+    for batch in self._batches(self.feed, step):
       accumulator = self.accumulate(params, accumulator, batch, examples_key)
+    public_gradient = self._public_gradient(params, step)
     self._stop_if_asked()
     # On every process the update is dispatched after this returned, and this
     # returns after the line is on disk: whoever is killed when, no parameters
@@ -258,13 +276,30 @@ class _Loop:
       noise_multiplier=release.noise_multiplier,
       expected_batch_size=float(self.plan.expected_batch_size(step)),
       unit_noise=self._correlated(step),
+      unit_noise_stddev=self._noise_stddev(step),
+      public_gradient=public_gradient,
     )
     return step + 1, {"params": params, "opt_state": opt_state}, statistics
 
-  def _drawn(self, step: int) -> np.ndarray:
-    """The records of update `step`."""
+  def _public_gradient(self, params: Any, step: int) -> Any:
+    """The term of public records; None without them."""
+    if self.public_zeros is None or self.public_accumulate is None:
+      return None
+    total, key = self.public_zeros(params), self._key("public examples", step)
+    for batch in self._batches(self.public_feed, step):
+      total = self.public_accumulate(params, total, batch, key)
+    return total
+
+  def _noise_stddev(self, step: int) -> float:
+    """Of one coordinate of what `_correlated` returns."""
+    if self.noise_stddevs is None:
+      return 1.0
+    return float(self.noise_stddevs[step - self.branch.fork_step])
+
+  def _drawn(self, step: int) -> draws.Drawn:
+    """The sample of update `step`."""
     with _on_host():
-      return draws.draw(
+      return draws.drawn(
         self.plan,
         self._key,
         self.prepared.store.num_examples,
@@ -272,16 +307,24 @@ class _Loop:
         self.branch.fork_step,
       )
 
-  def _feed(self, steps: range) -> feeding.Feed:
+  def _feed(
+    self,
+    drawn: Callable[[int], draws.Drawn],
+    store: store_lib.Examples,
+    steps: range,
+  ) -> feeding.Feed:
     """Batches of these updates; this process builds its own rows."""
     size, layout = self.run.physical_batch_size, self.prepared.layout
-    rows = layout.own_rows(size) if layout else None
-    return feeding.Feed(self._drawn, self.prepared.store, size, rows, steps)
+    shards = feeding.Shards()
+    if layout is not None:
+      own = dict.fromkeys(layout.own_rows(size) % layout.num_shards)
+      shards = feeding.Shards(tuple(map(int, own)), layout.num_shards)
+    return feeding.Feed(drawn, store, size, shards, steps)
 
-  def _batches(self, step: int) -> Iterator[Any]:
+  def _batches(self, feed: feeding.Feed, step: int) -> Iterator[Any]:
     """Physical batches of an update, on their devices."""
     size, layout = self.run.physical_batch_size, self.prepared.layout
-    for batch in self.feed.update(step):
+    for batch in feed.update(step):
       self._stop_if_asked()
       yield layout.place(batch, size) if layout else batch
 
@@ -391,32 +434,6 @@ class _Loop:
   @staticmethod
   def _due(step: int, period: int) -> bool:
     return period > 0 and step % period == 0
-
-
-class _EpsilonMeter:
-  """Epsilon spent, computed in no more than a twentieth of the time."""
-
-  def __init__(self, delta: float, relation: str):
-    self._delta, self._relation = delta, relation
-    self._cost, self._at = 0.0, -float("inf")
-
-  def __call__(self, ledger: ledger_lib.Ledger, now: bool) -> float | None:
-    """What `ledger` costs; None if it is too early to ask, unless `now`.
-
-    By a coarse grid, unless `now`: then what the report will say.
-    """
-    begin = time.monotonic()
-    if not now and begin - self._at < 20 * self._cost:
-      return None
-    value = accounting.epsilon(
-      ledger.releases(),
-      ledger.delta_left(self._delta),
-      self._relation,
-      quick=not now,
-    ).value
-    self._at = time.monotonic()
-    self._cost = self._at - begin
-    return value
 
 
 def _on_host() -> contextlib.AbstractContextManager[Any]:

@@ -8,6 +8,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from dptrain.clipping import adaptation as adaptation_lib
 from dptrain.clipping import methods
@@ -18,12 +19,15 @@ from dptrain.data import store as store_lib
 from dptrain.privacy import keys as keys_lib
 from dptrain.privacy import ledger as ledger_lib
 from dptrain.privacy import plan as plan_lib
+from dptrain.training import checkpoints as checkpoints_lib
+from dptrain.training import declarations
 from dptrain.training import evaluation as evaluation_lib
 from dptrain.training import examples as examples_lib
 from dptrain.training import lineage as lineage_lib
 from dptrain.training import mesh as mesh_lib
 from dptrain.training import numerics
 from dptrain.training import objective as objective_lib
+from dptrain.training import public_data as public_data_lib
 from dptrain.training import records as records_lib
 from dptrain.training import run as run_lib
 from dptrain.training import step as step_lib
@@ -42,6 +46,8 @@ class Preparation(NamedTuple):
     clipping: how it clips, and why so.
     batch: shapes of a physical batch.
     params: shapes of the parameters.
+    weights: to start from; None: fresh ones.
+    public: public records that take part; None without.
     layout: where arrays are on a mesh; None on one device.
     lineage: digest of what decides the gradients.
     environment: digest of what may change their rounding.
@@ -56,6 +62,8 @@ class Preparation(NamedTuple):
   clipping: methods.Choice
   batch: dict[str, jax.ShapeDtypeStruct]
   params: Any
+  weights: Any
+  public: public_data_lib.PublicExamples | None
   layout: mesh_lib.Layout | None
   lineage: str
   environment: str
@@ -65,13 +73,29 @@ class Preparation(NamedTuple):
     key = self.seed.key("initial parameters", branch="")
     # The key is an argument: a compiled program may be kept on disk.
     if self.layout is None:
-      params = jax.jit(self.objective.model.init)(key)
+      if self.weights is not None:
+        params = jax.tree.map(jnp.asarray, self.weights)
+      else:
+        params = jax.jit(self.objective.model.init)(key)
       return {"params": params, "opt_state": self.step.init(params)}
     places = self._places(self.layout)
-    init = jax.jit(self.objective.model.init, out_shardings=places["params"])
-    params = init(key)
+    if self.weights is not None:
+      params = self._placed_weights(places["params"])
+    else:
+      init = jax.jit(self.objective.model.init, out_shardings=places["params"])
+      params = init(key)
     begin = jax.jit(self.step.init, out_shardings=places["opt_state"])
     return {"params": params, "opt_state": begin(params)}
+
+  def _placed_weights(self, places: Any) -> Any:
+    # Each process gives what its own devices hold: all have read the file.
+    return jax.tree.map(
+      lambda x, place: jax.make_array_from_callback(
+        x.shape, place, lambda index: x[index]
+      ),
+      self.weights,
+      places,
+    )
 
   def state_like(self) -> dict[str, Any]:
     """Shapes of the state, with the places of its arrays."""
@@ -149,6 +173,9 @@ def prepare(
     noise_coefficients=recorded.get("noise_coefficients"),
     others=others,
   )
+  objective = objective_lib.Objective(run.model, run.masking)
+  params = jax.eval_shape(objective.model.init, seed.key("shapes", branch=""))
+  weights = run.initial_weights.load(params)
   corpus_fingerprint = seed.fingerprint(store.content_digest())
   ledger.start(
     plan,
@@ -158,12 +185,13 @@ def prepare(
   )
   for other in others:
     ledger.record_other(other)
-  _declare_unprotected(run, ledger, records)
-  for what in records.unprotected:
-    ledger.declare_unprotected(what)
-  objective = objective_lib.Objective(run.model, run.masking)
+  declarations.declare(
+    run,
+    ledger,
+    records,
+    None if weights is None else checkpoints_lib.state_digest(weights),
+  )
   batch = _batch_shapes(run, store.record_shape)
-  params = jax.eval_shape(objective.model.init, seed.key("shapes", branch=""))
   clipping = methods.choose(
     objective.losses,
     params,
@@ -183,6 +211,7 @@ def prepare(
     adaptation=_adaptation(plan),
     metrics=_metrics(plan),
   )
+  public = public_data_lib.examples(run.public_data, records.public, objective)
   return Preparation(
     plan=plan,
     seed=seed,
@@ -197,6 +226,8 @@ def prepare(
     clipping=clipping,
     batch=batch,
     params=params,
+    weights=weights,
+    public=public,
     layout=layout,
     lineage=lineage_lib.lineage(
       plan=plan.as_dict(),
@@ -205,6 +236,7 @@ def prepare(
       programs=lineage_lib.program_digest(
         step, params, jax.eval_shape(step.init, params), batch
       ),
+      public=public.described() if public is not None else None,
     ),
     environment=lineage_lib.environment(
       run.physical_batch_size,
@@ -249,42 +281,3 @@ def _metrics(
     max_loss=ranges["loss"],
     max_norm=ranges["gradient_norm"],
   )
-
-
-def _declare_unprotected(
-  run: run_lib.TrainingRun,
-  ledger: ledger_lib.Ledger,
-  records: records_lib.Records,
-) -> None:
-  release = records.vocabulary_release
-  if release is not None and release.fixed_seed:
-    ledger.declare_unprotected(
-      "The vocabulary was learned under a seed that is known to others: its"
-      " pieces may reveal words of the corpus."
-    )
-  elif release is not None:
-    if run.privacy.unit == "record":
-      ledger.declare_unprotected(
-        "Where records begin and end follows from the vocabulary; the guarantee"
-        " for one record takes its place in its document as given."
-      )
-  elif run.vocabulary.path is None:
-    ledger.declare_unprotected(
-      "The vocabulary was learned from the training text without noise: its"
-      " pieces may reveal words of the corpus."
-    )
-  else:
-    ledger.declare_unprotected(
-      "The vocabulary was given; if it was learned from this corpus, its pieces"
-      " may reveal words of it."
-    )
-  if records.validation is not None:
-    ledger.declare_unprotected(
-      "The validation records: accuracy and loss on them are published exactly."
-    )
-  if run.unprotected_training_metrics:
-    ledger.declare_unprotected(
-      "Training metrics (loss, accuracy, realised batch size, clip fraction,"
-      " gradient SNR) are logged without noise, because"
-      " unprotected_training_metrics is on."
-    )

@@ -11,6 +11,7 @@ import jax
 from dptrain.privacy import correlated_noise
 from dptrain.privacy import noise
 from dptrain.training import mesh as mesh_lib
+from dptrain.training import public_data
 from dptrain.training import sharded_step
 from dptrain.training import step as step_lib
 
@@ -119,6 +120,24 @@ def _of_step(
         layout.replicated,
       ),
     ),
+  )
+
+
+def make_public(
+  term: public_data.PublicTerm, layout: mesh_lib.Layout | None = None
+) -> tuple[Callable[[Any], Any], Callable[..., Any]]:
+  """Jits the public term: `PublicTerm.zeros` and `accumulate`.
+
+  On a mesh each physical batch of public records has a reduction of its own.
+
+  Args:
+    term: what is computed.
+    layout: of the mesh; None for one device.
+  """
+  places = {} if layout is None else {"out_shardings": layout.gathered_params}
+  return (
+    jax.jit(term.zeros, **places),
+    jax.jit(term.accumulate, donate_argnums=1, **places),
   )
 
 

@@ -28,6 +28,7 @@ class Records(NamedTuple):
       guarantee.
     vocabulary_release: what learning the vocabulary released; None if that is
       unknown or nothing.
+    public: public records in the same vocabulary; None without.
   """
 
   train: store_lib.Store
@@ -36,6 +37,7 @@ class Records(NamedTuple):
   vocabulary_fingerprint: str
   unprotected: tuple[str, ...] = ()
   vocabulary_release: private_vocabulary.VocabularyRelease | None = None
+  public: store_lib.Store | None = None
 
   def others(
     self, privacy: settings_lib.PrivacySettings
@@ -77,11 +79,13 @@ def read_records(
     run.model.check(run.sequence_length, run.vocabulary.size)
   vocabulary = _vocabulary(run, directory, started)
   run.model.check(run.sequence_length, vocabulary.size)
+  public = _public_store(run, vocabulary)
   return Records(
-    train=_read_store(run, vocabulary, run.train_split),
-    validation=_read_store(run, vocabulary, run.validation_split)
+    train=_read_store(run, vocabulary, run.task, run.train_split),
+    validation=_read_store(run, vocabulary, run.task, run.validation_split)
     if run.validation_split
     else None,
+    public=public,
     vocabulary_size=vocabulary.size,
     vocabulary_fingerprint=vocabulary.fingerprint,
     vocabulary_release=private_vocabulary.read_release(
@@ -93,7 +97,9 @@ def read_records(
 def check_records(run: run_lib.TrainingRun, records: Records) -> None:
   """Raises ValueError unless the records fit the run's settings."""
   run.model.check(run.sequence_length, records.vocabulary_size)
-  for store in (records.train, records.validation):
+  if run.public_data.name is not None and records.public is not None:
+    run.public_data.check_store(records.public)
+  for store in (records.train, records.validation, records.public):
     if store is None:
       continue
     if store.sequence_length != run.sequence_length:
@@ -165,6 +171,7 @@ def _prepared_records(
   for store in stores.values():
     store.check()
   return Records(
+    public=_public_store(run, vocabulary),
     train=stores[run.train_split],
     validation=stores[run.validation_split] if run.validation_split else None,
     vocabulary_size=vocabulary.size,
@@ -173,6 +180,28 @@ def _prepared_records(
       directory / VOCABULARY_FILE
     ),
   )
+
+
+def _public_store(
+  run: run_lib.TrainingRun, vocabulary: vocabulary_lib.Vocabulary
+) -> store_lib.Store | None:
+  """The public records, in the run's own vocabulary."""
+  public = run.public_data
+  if public.task is not None:
+    return _read_store(run, vocabulary, public.task, public.split)
+  if public.prepared is None:
+    return None
+  folder = pathlib.Path(public.prepared).expanduser()
+  manifest = prepared_lib.read_manifest(folder)
+  if manifest["vocabulary_sha256"] != vocabulary.fingerprint:
+    raise ValueError(
+      f"PublicData.prepared={public.prepared!r} was prepared with another"
+      " vocabulary than this run's: prepare it again with"
+      " VocabularySettings.path set to this run's vocabulary."
+    )
+  store = prepared_lib.PreparedStore(folder, public.split)
+  store.check()
+  return store
 
 
 def _keep(
@@ -249,7 +278,10 @@ def copy_release(given: str | pathlib.Path, kept: pathlib.Path) -> None:
 
 
 def _read_store(
-  run: run_lib.TrainingRun, vocabulary: vocabulary_lib.Vocabulary, split: str
+  run: run_lib.TrainingRun,
+  vocabulary: vocabulary_lib.Vocabulary,
+  task: str,
+  split: str,
 ) -> store_lib.RecordStore:
-  documents = corpus.read_documents(run.task, split)
+  documents = corpus.read_documents(task, split)
   return store_lib.build_store(documents, vocabulary, run.sequence_length)

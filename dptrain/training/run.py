@@ -11,7 +11,9 @@ from dptrain.models import masked_lm
 from dptrain.privacy import plan as plan_lib
 from dptrain.training import checkpoints as checkpoints_lib
 from dptrain.training import evaluation as evaluation_lib
+from dptrain.training import initial_weights as initial_weights_lib
 from dptrain.training import mesh as mesh_lib
+from dptrain.training import public_data as public_data_lib
 from dptrain.training import settings
 
 
@@ -39,6 +41,8 @@ class TrainingRun:
     masking: what is masked.
     checkpoints: when to save.
     evaluation: when to evaluate on the validation split.
+    public_data: public records that take part, unclipped and without noise.
+    initial_weights: where training starts; fresh parameters by default.
     prepared: folder that `dptrain prepare` has written: train on its records,
       and never read the task. None: read and tokenise the task at each start.
     train_split: name of the task's split to train on.
@@ -74,6 +78,12 @@ class TrainingRun:
   )
   mesh: mesh_lib.MeshSettings = dataclasses.field(
     default_factory=mesh_lib.MeshSettings
+  )
+  public_data: public_data_lib.PublicData = dataclasses.field(
+    default_factory=public_data_lib.PublicData
+  )
+  initial_weights: initial_weights_lib.InitialWeights = dataclasses.field(
+    default_factory=initial_weights_lib.InitialWeights
   )
   prepared: str | None = None
   train_split: str = "train"

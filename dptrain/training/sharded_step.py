@@ -122,7 +122,7 @@ class ShardedStep:
     noise_key: jax.Array,
     noise_multiplier: jax.Array | float,
     expected_batch_size: jax.Array | float,
-    unit_noise: Any = None,
+    **others: Any,
   ) -> tuple[Any, Any, dict[str, jax.Array]]:
     """As `PrivateStep.finish`, after the one sum over all shards."""
     total = jax.tree.map(lambda x: jnp.sum(x, axis=0), accumulator)
@@ -140,5 +140,5 @@ class ShardedStep:
       noise_key=noise_key,
       noise_multiplier=noise_multiplier,
       expected_batch_size=expected_batch_size,
-      unit_noise=unit_noise,
+      **others,
     )

@@ -86,9 +86,10 @@ class PrivateStep:
   `rule.sensitivity` however the examples are dealt out to physical batches.
   `finish` is one Gaussian mechanism on that sum: noise of standard deviation
   `noise_multiplier * rule.sensitivity`, once per update. All that follows,
-  division by the public constant `expected_batch_size` and the optimizer, is
-  post-processing. An update without examples is pure noise. Public:
-  the rule, the noise multiplier, the expected batch size, the optimizer.
+  division by the public constant `expected_batch_size`, the term of public
+  records and the optimizer, is post-processing. An update without examples is
+  pure noise. Public: the rule, the noise multiplier, the expected batch size,
+  the optimizer.
 
   With `adaptation` that mechanism releases a noisy tally beside the sum, and
   with `metrics` their noisy sums, at the same price: the noise on all parts
@@ -243,6 +244,8 @@ class PrivateStep:
     noise_multiplier: jax.Array | float,
     expected_batch_size: jax.Array | float,
     unit_noise: Any = None,
+    unit_noise_stddev: jax.Array | float = 1.0,
+    public_gradient: Any = None,
   ) -> tuple[Params, Any, dict[str, jax.Array]]:
     """Makes the sum private and updates the parameters, once per update.
 
@@ -256,6 +259,9 @@ class PrivateStep:
       unit_noise: noise for what is `noised`, of a strategy whose columns have
         norm 1 (`correlated_noise.BandedNoise`); None: independent standard
         normal noise, drawn from `noise_key`.
+      unit_noise_stddev: of each coordinate of `unit_noise`.
+      public_gradient: a term of public records (`public_data.PublicTerm`), to
+        be added to the private gradient; None: there is none.
 
     Returns:
       New parameters, new `opt_state`, and figures: released metrics under
@@ -279,8 +285,14 @@ class PrivateStep:
       drawn,
       params,
     )
+    if public_gradient is not None:
+      gradient = self._with_public(gradient, public_gradient, accumulator)
     inner = opt_state if adaptation is None else opt_state.opt_state
-    updates, inner = self.optimizer.update(gradient, inner, params)
+    # What noise does to second moments, an optimizer may want to take out.
+    spread = stddev * unit_noise_stddev / expected_batch_size
+    updates, inner = optax.with_extra_args_support(self.optimizer).update(
+      gradient, inner, params, noise_variance=spread**2
+    )
     if adaptation is None or adapting is None:
       opt_state = inner
     else:
@@ -302,6 +314,18 @@ class PrivateStep:
       told |= unprotected.means(accumulator.statistics)
       told["gradient_snr"] = signal
     return params, opt_state, told
+
+  def _with_public(
+    self, gradient: Any, public_gradient: Any, accumulator: Accumulator
+  ) -> Any:
+    """The private gradient plus the public term, in the same units."""
+    rule = self._rule(accumulator)
+    scale = 1.0 / rule.l2_clip_norm if rule.kind == "normalized" else 1.0
+    return jax.tree.map(
+      lambda own, public: own + (scale * public).astype(own.dtype),
+      gradient,
+      public_gradient,
+    )
 
   def _shares(self) -> dict[str, float]:
     """What of an update's budget is not the gradients', by whose it is."""

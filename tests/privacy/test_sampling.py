@@ -11,7 +11,8 @@ from scipy import stats
 
 from dptrain.privacy import keys
 from dptrain.privacy import sampling
-from dptrain.privacy.sampling import fixed_size_sample
+from dptrain.privacy.sampling import fixed_size
+from dptrain.privacy.sampling import poisson
 from dptrain.privacy.sampling import poisson_sample
 
 SEED = keys.fixed_seed(0)
@@ -194,12 +195,17 @@ def test_a_large_corpus_by_place_by_block_and_by_pairs_at_a_distance():
   assert P < stats.chi2(len(distances)).cdf(statistic) < 1 - P
 
 
-def by(kind, step, num_examples, size, **part):
+def sample_of(kind, step, num_examples, size):
   if kind == "fixed":
-    return fixed_size_sample(key(step, kind), num_examples, size, **part)
+    return fixed_size(key(step, kind), num_examples, size)
   cap = size if kind == "truncated" else None
   prob = size / num_examples
-  return poisson_sample(key(step, kind), num_examples, prob, cap, **part)
+  return poisson(key(step, kind), num_examples, prob, cap)
+
+
+def by(kind, step, num_examples, size):
+  sample = sample_of(kind, step, num_examples, size)
+  return sample.part(0, sample.size)
 
 
 KINDS = ("poisson", "truncated", "fixed")
@@ -210,11 +216,9 @@ def test_hosts_draw_their_shares_of_one_sample(kind):
   num_examples, size = 346_000_000, 100_000
   whole = by(kind, 1, num_examples, size)
   for hosts in (1, 2, 4, 7):
-    edges = [num_examples * host // hosts for host in range(hosts + 1)]
-    shares = [
-      by(kind, 1, num_examples, size, first=first, last=last)
-      for first, last in itertools.pairwise(edges)
-    ]
+    sample = sample_of(kind, 1, num_examples, size)
+    edges = [sample.size * host // hosts for host in range(hosts + 1)]
+    shares = [sample.part(*pair) for pair in itertools.pairwise(edges)]
     np.testing.assert_array_equal(np.concatenate(shares), whole)
 
 
@@ -223,20 +227,20 @@ def test_hosts_draw_their_shares_of_one_sample(kind):
 def test_any_part_is_what_the_whole_holds_there(data, kind):
   num_examples = data.draw(st.integers(1, 60))
   size = data.draw(st.integers(0, num_examples))
-  first = data.draw(st.integers(0, num_examples))
-  last = data.draw(st.integers(first, num_examples))
   step = data.draw(st.integers(0, 1000))
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sampling, "BLOCK", data.draw(st.integers(1, 70)))
-    whole = by(kind, step, num_examples, size)
-    part = by(kind, step, num_examples, size, first=first, last=last)
+    sample = sample_of(kind, step, num_examples, size)
+    whole = sample.part(0, sample.size)
+    begin = data.draw(st.integers(0, sample.size))
+    end = data.draw(st.integers(begin, sample.size))
+    part = sample.part(begin, end)
   if kind == "fixed":
     assert len(whole) == size
   if kind == "truncated":
     assert len(whole) <= size
   assert (np.diff(whole) > 0).all()
-  inside = whole[(whole >= first) & (whole < last)]
-  np.testing.assert_array_equal(part, inside)
+  np.testing.assert_array_equal(part, whole[begin:end])
 
 
 @pytest.mark.parametrize("kind", ["truncated", "fixed"])
@@ -274,8 +278,7 @@ def test_memory_follows_the_draw_and_not_the_corpus(kind):
     assert peak < 2**20 + 64 * size
 
 
-@pytest.mark.parametrize("part", [(-1, 5), (0, 11), (6, 5)])
-def test_refuses_what_is_no_part(part):
-  first, last = part
-  with pytest.raises(ValueError, match=r"must be a part of 0\.\.10"):
-    poisson_sample(key(0), 10, 0.5, first=first, last=last)
+@pytest.mark.parametrize("places", [(-1, 5), (0, 11), (6, 5)])
+def test_refuses_what_is_no_part(places):
+  with pytest.raises(ValueError, match="must be places in a sample of 10"):
+    fixed_size(key(0), 20, 10).part(*places)

@@ -22,10 +22,12 @@ from dptrain.clipping import private_metrics
 from dptrain.clipping import rules
 from dptrain.data import masking
 from dptrain.privacy import sampling
+from dptrain.training import initial_weights
 from dptrain.training import loop
 from dptrain.training import mesh as mesh_lib
 from dptrain.training import objective
 from dptrain.training import programs as programs_lib
+from dptrain.training import public_data
 from dptrain.training import step as step_lib
 
 ROWS = 16
@@ -309,13 +311,14 @@ def test_the_state_of_any_optimizer_has_a_place(update):
 @contextlib.contextmanager
 def listening():
   """What the loop draws."""
-  seen, draw = [], sampling.poisson_sample
+  seen, draw = [], sampling.poisson
 
   def spy(*arguments):
-    seen.append(draw(*arguments))
-    return seen[-1]
+    sample = draw(*arguments)
+    seen.append(sample.part(0, sample.size))
+    return sample
 
-  with mock.patch.object(sampling, "poisson_sample", spy):
+  with mock.patch.object(sampling, "poisson", spy):
     yield seen
 
 
@@ -361,6 +364,29 @@ def test_correlated_noise_goes_on_on_another_mesh(tmp_path):
   shutil.copytree(whole, copy)
   small_run.cut(copy, 4)
   train(copy, {"data": 2, "fsdp": 2, "model": 2})
+  small_run.assert_close(whole, copy)
+
+
+def test_public_records_and_given_weights_on_another_mesh(tmp_path):
+  path = tmp_path / "weights.npz"
+  model = small_run.make_run("unused").model
+  np.savez(path, **jax.device_get(model.init(jax.random.key(1))))
+  records = small_run.records()._replace(public=small_run.store(40, seed=5))
+
+  def train(folder, sizes):
+    run = small_run.make_run(
+      folder,
+      mesh=sizes,
+      public_data=public_data.PublicData(task="given", batch_size=21),
+      initial_weights=initial_weights.InitialWeights(str(path)),
+    )
+    return loop.train(run, records)
+
+  whole, copy = tmp_path / "whole", tmp_path / "copy"
+  train(whole, {"data": 2, "fsdp": 2, "model": 2})
+  shutil.copytree(whole, copy)
+  small_run.cut(copy, 2)
+  train(copy, {"data": 1})
   small_run.assert_close(whole, copy)
 
 

@@ -12,6 +12,7 @@ from dptrain.data import corpus
 from dptrain.data import prepared
 from dptrain.data import private_vocabulary
 from dptrain.data import vocabulary as vocabulary_lib
+from dptrain.privacy import draws
 from dptrain.privacy import keys
 from dptrain.training import examples
 from dptrain.training import feeding
@@ -216,7 +217,11 @@ def test_no_store(tmp_path):
 def test_the_feed_gives_each_update_its_own_records_in_order():
   store = small_run.store(50)
   samples = [np.arange(0, 50, 2), np.zeros(0, int), np.arange(50)]
-  feed = feeding.Feed(samples.__getitem__, store, 8, None, range(3))
+
+  def draw(step):
+    return draws.Whole(samples[step])
+
+  feed = feeding.Feed(draw, store, 8, feeding.Shards(), range(3))
   try:
     for step, sample in enumerate(samples):
       batches = list(feed.update(step))

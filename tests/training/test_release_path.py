@@ -12,14 +12,14 @@ from dptrain.training import loop
 @pytest.fixture
 def draws(monkeypatch):
   """(sampling_prob, size) of every draw that the loop makes."""
-  seen, draw = [], sampling.poisson_sample
+  seen, draw = [], sampling.poisson
 
   def spy(key, num_examples, sampling_prob):
-    indices = draw(key, num_examples, sampling_prob)
-    seen.append((sampling_prob, len(indices)))
-    return indices
+    sample = draw(key, num_examples, sampling_prob)
+    seen.append((sampling_prob, sample.size))
+    return sample
 
-  monkeypatch.setattr(sampling, "poisson_sample", spy)
+  monkeypatch.setattr(sampling, "poisson", spy)
   return seen
 
 

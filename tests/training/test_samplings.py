@@ -44,13 +44,14 @@ def run_with(model_dir, kind, steps=6, sizes=(20, 40), **options):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_ledger_prices_what_the_loop_drew(kind, tmp_path, monkeypatch):
   drawn = []
-  draw = draws.draw
+  draw = draws.drawn
 
   def watched(*arguments):
-    drawn.append(draw(*arguments))
-    return drawn[-1]
+    sample = draw(*arguments)
+    drawn.append(sample.part(0, sample.size))
+    return sample
 
-  monkeypatch.setattr(draws, "draw", watched)
+  monkeypatch.setattr(draws, "drawn", watched)
   run = run_with(tmp_path, kind)
   result = loop.train(run, small_run.records())
   ledger = ledger_lib.read(tmp_path)
@@ -133,7 +134,8 @@ def banded(model_dir, bands=3, **options):
 
 def test_correlated_noise_is_what_the_strategy_says(tmp_path, monkeypatch):
   # Nobody takes part and the optimizer adds up: what moves is the noise.
-  monkeypatch.setattr(draws, "draw", lambda *_: np.array([], np.int64))
+  nobody = draws.Whole(np.array([], np.int64))
+  monkeypatch.setattr(draws, "drawn", lambda *_: nobody)
   run = banded(tmp_path, optimizer="sgd", rate=1.0, clipping="flat")
   run = dataclasses.replace(run, optimizer=optax.sgd(1.0))
   seen = []

@@ -1,0 +1,128 @@
+"""Weights that a run starts from, instead of fresh ones."""
+
+import dataclasses
+import pathlib
+from typing import Any
+import zipfile
+
+import jax
+import numpy as np
+
+from dptrain.privacy import ledger as ledger_lib
+from dptrain.training import checkpoints as checkpoints_lib
+from dptrain.training import settings
+
+
+@dataclasses.dataclass(frozen=True)
+class InitialWeights:
+  """Where training starts.
+
+  Attributes:
+    path: a MODEL_DIR (its newest checkpoint counts), or an .npz file of arrays
+      whose names are the parameters', joined by "/". None: fresh parameters.
+    declared_public: nothing of the private corpus went into them: ledger and
+      report then name them as public, with their fingerprint. Otherwise the
+      report says that they are outside the guarantee.
+  """
+
+  path: str | None = None
+  declared_public: bool = False
+
+  def __post_init__(self) -> None:
+    settings.check_flag("InitialWeights.declared_public", self.declared_public)
+    if self.declared_public and self.path is None:
+      raise ValueError(
+        "InitialWeights.declared_public=True, but InitialWeights.path is None:"
+        " fresh parameters need no declaration."
+      )
+
+  def load(self, like: Any) -> Any:
+    """Reads the weights.
+
+    Args:
+      like: tree of shapes that they must have.
+
+    Returns:
+      A tree as `like`, of NumPy arrays; None if no path is set.
+
+    Raises:
+      ValueError: there are none at `path`, or they do not fit.
+    """
+    if self.path is None:
+      return None
+    path = pathlib.Path(self.path).expanduser()
+    found = _read_npz(path) if path.suffix == ".npz" else _read_run(path)
+    return _fitted(found, like, self.path)
+
+  def unprotected(self) -> str:
+    """What to say of weights that are not declared public."""
+    told = "The initial weights were given; if they were learned from this"
+    path = pathlib.Path(self.path or "").expanduser()
+    if (path / ledger_lib.LEDGER_FILE).exists():
+      return (
+        f"{told} corpus, the run that made them costs what its own ledger says:"
+        " `dptrain report` composes several MODEL_DIRs."
+      )
+    return f"{told} corpus, they may reveal it."
+
+
+def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      return {name: file[name] for name in file.files}
+  except (OSError, ValueError, zipfile.BadZipFile) as error:
+    raise ValueError(
+      f"InitialWeights.path={str(path)!r} cannot be read as .npz: {error}."
+    ) from error
+
+
+def _read_run(path: pathlib.Path) -> dict[str, np.ndarray]:
+  import orbax.checkpoint as ocp
+
+  folder = path / checkpoints_lib.CHECKPOINTS
+  steps = [int(p.name) for p in folder.glob("[0-9]*") if p.name.isdigit()]
+  if not steps:
+    raise ValueError(
+      f"InitialWeights.path={str(path)!r} is neither an .npz file nor a"
+      " MODEL_DIR with a checkpoint."
+    )
+  state = (folder / str(max(steps)) / "state").absolute()
+  with ocp.PyTreeCheckpointer() as reader:
+    tree = reader.metadata(state).item_metadata.tree
+    plain = jax.tree.map(
+      lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree
+    )
+    read = reader.restore(
+      state, args=ocp.args.PyTreeRestore(restore_args=plain)
+    )
+  return {name: np.asarray(leaf) for name, leaf in _named(read["params"])}
+
+
+def _named(tree: Any) -> list[tuple[str, Any]]:
+  return [
+    (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  ]
+
+
+def _fitted(found: dict[str, np.ndarray], like: Any, told: str) -> Any:
+  """The arrays in the structure of `like`; ValueError if one does not fit."""
+  wanted = dict(_named(like))
+  for name in sorted({*found, *wanted}):
+    here = wanted[name].shape if name in wanted else "absent"
+    there = found[name].shape if name in found else "absent"
+    if here != there:
+      raise ValueError(
+        f"InitialWeights.path={told!r} is of another model: {name} is"
+        f" {there} there and {here} here. Set that model's sizes, or give other"
+        " weights."
+      )
+    if not np.isfinite(found[name]).all():
+      raise ValueError(
+        f"InitialWeights.path={told!r} holds numbers that are not finite, in"
+        f" {name}."
+      )
+  leaves = [
+    np.asarray(found[name], leaf.dtype) for name, leaf in wanted.items()
+  ]
+  return jax.tree.unflatten(jax.tree.structure(like), leaves)
