@@ -412,9 +412,9 @@ def _add_vocab_flags(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument(
     "--unit",
-    default="document",
     metavar="UNIT",
-    help="whose words are counted together: document (default) or user",
+    help="whose words are counted together: document or user; left out: the"
+    " run's unit, or document if that is the record",
   )
   parser.add_argument(
     "--words_per_unit",

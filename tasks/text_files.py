@@ -1,7 +1,8 @@
 """The user's own text files, found by globs, as a seqio task.
 
-Files are cut into passages at line ends; each passage is a document. No Python
-is needed: a gin file binds `register`'s arguments.
+Files are cut into passages at line ends, which know their document (a file, or
+a part of one) and perhaps their user. No Python is needed: a gin file binds
+`register`'s arguments.
 """
 
 from __future__ import annotations
@@ -21,6 +22,13 @@ _WILDCARD: Final = re.compile(r"[*?\[]")
 _ERROR_HANDLERS: Final = ("strict", "replace", "ignore")
 _BYTE_ORDER_MARK: Final = "\ufeff"
 _READ_BYTES: Final = 2**16
+# By what is in one split: what to do where that is too few.
+_SHORT_OF: Final = {
+  "record": "lower passage_chars",
+  "document": "tell where documents begin in a file (document, or"
+  " --gin.DOCUMENT_START), or give more files",
+  "user": "give text of more users",
+}
 
 
 def register(
@@ -29,15 +37,16 @@ def register(
   validation_fraction: float = 0.05,
   passage_chars: int = 20_000,
   encoding_errors: str = "strict",
+  document: str | None = None,
   unit: str | None = None,
-  split_by: str = "passage",
+  split_by: str = "record",
 ) -> str:
   """Registers text files as a seqio task, after reading them through once.
 
   The validation split takes each passage whose stable hash of (path below the
   glob's fixed part, passage number) is under `validation_fraction`, and at
   least one passage; a single big file is thus divided as well. With `split_by`
-  it is whole files, or all files of a user, that are divided. Registering the
+  it is whole documents, or users, that are divided. Registering the
   same arguments again looks at the files anew and replaces the task.
 
   Args:
@@ -49,11 +58,14 @@ def register(
       end, unless the line itself is longer: then it is cut there.
     encoding_errors: "strict" refuses bytes that are not UTF-8; "replace" reads
       them as U+FFFD; "ignore" skips them.
+    document: a regular expression that matches a line, from its beginning,
+      where a new document begins: "" for each line, "[ ]*$" for blank lines,
+      " = [^=]" for WikiText's titles. None: a file is a document.
     unit: a regular expression with one group, which finds the user in a file's
       path (below the glob's fixed part); None if users are not known. For
       PrivacySettings.unit="user".
-    split_by: "passage", "document" (a file) or "unit": what is in one split
-      with all its text. Choose what PrivacySettings.unit protects.
+    split_by: "record" (here: a passage), "document" or "user": what is in one
+      split with all its text. Choose what PrivacySettings.unit protects.
 
   Returns:
     The task's name, a function of the arguments.
@@ -68,6 +80,7 @@ def register(
     validation_fraction=validation_fraction,
     passage_chars=passage_chars,
     encoding_errors=encoding_errors,
+    document=document,
     unit=unit,
     split_by=split_by,
   )
@@ -89,8 +102,9 @@ class _TextFiles:
   validation_fraction: float
   passage_chars: int
   encoding_errors: str
+  document: str | None = None
   unit: str | None = None
-  split_by: str = "passage"
+  split_by: str = "record"
 
   def __post_init__(self) -> None:
     if not 0 <= self.validation_fraction < 1:
@@ -108,22 +122,23 @@ class _TextFiles:
         f"encoding_errors={self.encoding_errors!r} must be one of "
         f"{', '.join(map(repr, _ERROR_HANDLERS))}"
       )
-
-    if self.split_by not in ("passage", "document", "unit"):
+    if self.split_by not in _SHORT_OF:
       raise ValueError(
-        f"split_by={self.split_by!r} must be 'passage', 'document' or 'unit'"
+        f"split_by={self.split_by!r} must be 'record', 'document' or 'user'"
       )
-    if self.split_by == "unit" and self.unit is None:
+    if self.split_by == "user" and self.unit is None:
       raise ValueError(
-        "split_by='unit' needs unit, a regular expression that finds the user "
-        "in a file's path"
+        "split_by='user' needs unit, a regular expression that finds the user "
+        "in a file's path (--gin.USER_IN_PATH)"
       )
-    try:
-      groups = re.compile(self.unit or "()").groups
-    except re.error as error:
-      raise ValueError(
-        f"unit={self.unit!r} is no regular expression: {error}"
-      ) from error
+    for name in ("document", "unit"):
+      try:
+        re.compile(getattr(self, name) or "")
+      except re.error as error:
+        raise ValueError(
+          f"{name}={getattr(self, name)!r} is no regular expression: {error}"
+        ) from error
+    groups = re.compile(self.unit or "()").groups
     if groups != 1:
       raise ValueError(
         f"unit={self.unit!r} has {groups} groups; it needs one, around what "
@@ -158,10 +173,9 @@ class _Passages:
 
   def __iter__(self) -> Iterator[tuple[str, str, str, str]]:
     wanted = self.split == raw_text.VALIDATION
-    for source, fraction, text in _passages(self.corpus, self.found):
+    for fraction, passage in _passages(self.corpus, self.found):
       if _is_validation(self.corpus, fraction, self.lowest) == wanted:
-        key = source.rpartition(":")[0]
-        yield source, text, key, self.corpus.unit_of(key)
+        yield passage
 
 
 def _is_validation(corpus: _TextFiles, fraction: float, lowest: float) -> bool:
@@ -174,7 +188,7 @@ def _is_validation(corpus: _TextFiles, fraction: float, lowest: float) -> bool:
 
 def _survey(corpus: _TextFiles, found: tuple[tuple[str, str], ...]) -> float:
   """Reads everything once for its errors; returns the lowest passage hash."""
-  fractions = [fraction for _, fraction, _ in _passages(corpus, found)]
+  fractions = [fraction for fraction, _ in _passages(corpus, found)]
   if not fractions:
     raise ValueError(
       f"the {len(found)} files that match {', '.join(corpus.globs)} hold no "
@@ -185,8 +199,9 @@ def _survey(corpus: _TextFiles, found: tuple[tuple[str, str], ...]) -> float:
     raise ValueError(
       f"{len(fractions)} passage(s) in {', '.join(corpus.globs)} leave the "
       f"train split empty at validation_fraction={corpus.validation_fraction}, "
-      f"passage_chars={corpus.passage_chars}; lower passage_chars, or set "
-      "validation_fraction=0 to train without validation"
+      f"passage_chars={corpus.passage_chars}, split_by={corpus.split_by!r}; "
+      f"{_SHORT_OF[corpus.split_by]}, or set validation_fraction=0 to train "
+      "without validation"
     )
   return lowest
 
@@ -224,31 +239,40 @@ def _find_files(globs: tuple[str, ...]) -> Iterator[tuple[str, str]]:
 
 def _passages(
   corpus: _TextFiles, found: tuple[tuple[str, str], ...]
-) -> Iterator[tuple[str, float, str]]:
-  """Yields (source, hash in [0, 1), passage) for every passage with text."""
+) -> Iterator[tuple[float, tuple[str, str, str, str]]]:
+  """Yields (hash in [0, 1), (source, passage, document, user))."""
   for path, key in found:
-    unit = corpus.unit_of(key)
-    for number, text in enumerate(_cut(_lines(corpus, path), corpus)):
+    user = corpus.unit_of(key)
+    for number, (begun, text) in enumerate(_cut(_lines(corpus, path), corpus)):
       if text.strip():
         source = f"{key}:{number}"
-        whole = {"passage": source, "document": key, "unit": unit}
+        document = key if corpus.document is None else f"{key}#{begun}"
+        whole = {"record": source, "document": document, "user": user}
         fraction = raw_text.stable_fraction(whole[corpus.split_by])
-        yield source, fraction, text
+        yield fraction, (source, text, document, user)
 
 
-def _cut(lines: Iterator[str], corpus: _TextFiles) -> Iterator[str]:
-  """Gathers lines into passages of at most `passage_chars` characters."""
-  limit = corpus.passage_chars
+def _cut(lines: Iterator[str], corpus: _TextFiles) -> Iterator[tuple[int, str]]:
+  """Gathers lines into passages of at most `passage_chars` characters.
+
+  Yields:
+    How many documents have begun within the file, and a passage.
+  """
+  limit, begins = corpus.passage_chars, re.compile(corpus.document or "")
   held: list[str] = []
-  length = 0
+  length, begun, whole = 0, 0, True
   for line in lines:
-    if held and length + len(line) > limit:
-      yield "".join(held)
+    # What is left of a long line begins none.
+    first = corpus.document is not None and whole and bool(begins.match(line))
+    if held and (first or length + len(line) > limit):
+      yield begun, "".join(held)
       held, length = [], 0
+    begun += first
     held.append(line)
     length += len(line)
+    whole = line.endswith("\n")
   if held:
-    yield "".join(held)
+    yield begun, "".join(held)
 
 
 def _lines(corpus: _TextFiles, path: str) -> Iterator[str]:
