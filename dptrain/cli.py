@@ -361,7 +361,7 @@ def _add_audit_flags(parser: argparse.ArgumentParser) -> None:
     type=int,
     default=1000,
     metavar="M",
-    help="records put in or left out by a fair coin (1000)",
+    help="units put in or left out by a fair coin (1000)",
   )
   parser.add_argument(
     "--guesses",
