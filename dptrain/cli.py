@@ -361,7 +361,7 @@ def _add_audit_flags(parser: argparse.ArgumentParser) -> None:
     type=int,
     default=1000,
     metavar="M",
-    help="records put in or left out by a fair coin (1000)",
+    help="units put in or left out by a fair coin (1000)",
   )
   parser.add_argument(
     "--guesses",
@@ -412,9 +412,9 @@ def _add_vocab_flags(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument(
     "--unit",
-    default="document",
     metavar="UNIT",
-    help="whose words are counted together: document (default) or user",
+    help="whose words are counted together: document or user; left out: the"
+    " run's unit, or document if that is the record",
   )
   parser.add_argument(
     "--words_per_unit",

@@ -43,6 +43,10 @@ def learn(arguments: argparse.Namespace) -> str:
   path = pathlib.Path(arguments.output).expanduser()
   _check(arguments, path)
   run = _run(arguments)
+  if arguments.unit is None:
+    # Words are not counted by record: where one begins is not known yet.
+    unit = "document" if run.privacy.unit == "record" else run.privacy.unit
+    arguments = argparse.Namespace(**(vars(arguments) | {"unit": unit}))
   settings = _settings(arguments, run)
   if arguments.words is None:
     noisy, told = _count(arguments, run)
@@ -66,9 +70,11 @@ def learn(arguments: argparse.Namespace) -> str:
     pathlib.Path(f"{path}{VOCAB_TXT}").write_text(
       wordpiece.vocab_txt(vocabulary), encoding="utf-8"
     )
+  unused = sum(map(vocabulary.is_unused, range(vocabulary.size)))
+  few = f", {unused} of them unused for want of words" if unused else ""
   return (
     f"vocabulary    {path}: {vocabulary.size} tokens from"
-    f" {told.words_kept:,} words\n"
+    f" {told.words_kept:,} words{few}\n"
     f"words kept    whose noisy count of {told.unit}s exceeds"
     f" {told.threshold:.1f}; of one {told.unit}, {told.words_per_unit} count\n"
     f"privacy       {_price(arguments, told, run.privacy.relation)}\n"
@@ -89,7 +95,7 @@ def _check(arguments: argparse.Namespace, path: pathlib.Path) -> None:
         " overwritten. Give another --output, or remove it if it was never"
         " shown."
       )
-  if arguments.unit not in private_vocabulary.UNITS:
+  if arguments.unit not in (None, *private_vocabulary.UNITS):
     raise ValueError(f"--unit={arguments.unit} must be document or user.")
   if arguments.words is None:
     return

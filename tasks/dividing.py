@@ -6,7 +6,7 @@ document, a user. No other text has a say, but for the smallest corpora.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 import dataclasses
 import math
 import re
@@ -94,42 +94,41 @@ def check_fraction(validation_fraction: float) -> None:
     )
 
 
-def check_split_by(
-  split_by: str, choices: Sequence[str], unit: object, way_out: str
-) -> None:
-  """Refuses an unknown `split_by`, and "unit" where no user is told.
+def check_split_by(split_by: str, unit: object, way_out: str) -> None:
+  """Refuses an unknown `split_by`, and "user" where no user is told.
 
   Args:
     split_by: what is asked for.
-    choices: what there is.
     unit: what tells the users, or None.
     way_out: how users are told, for messages.
   """
-  if split_by not in choices:
-    listed = [repr(each) for each in choices]
+  if split_by not in ("record", "document", "user"):
     raise ValueError(
-      f"split_by={split_by!r} must be {', '.join(listed[:-1])} or {listed[-1]}"
+      f"split_by={split_by!r} must be 'record', 'document' or 'user'"
     )
-  if split_by == "unit" and unit is None:
-    raise ValueError(f"split_by='unit' needs {way_out}")
+  if split_by == "user" and unit is None:
+    raise ValueError(f"split_by='user' needs {way_out}")
 
 
-def check_pattern(name: str, pattern: str | None) -> None:
+def check_pattern(
+  name: str, pattern: str | None, groups: int | None = 1
+) -> None:
   """Refuses what is no regular expression with one group.
 
   Args:
     name: the setting's, for messages.
     pattern: the expression; None is fine.
+    groups: how many it must have; None: any number.
   """
   try:
-    groups = re.compile("()" if pattern is None else pattern).groups
+    found = re.compile("()" if pattern is None else pattern).groups
   except re.error as error:
     raise ValueError(
       f"{name}={pattern!r} is no regular expression: {error}"
     ) from error
-  if groups != 1:
+  if groups is not None and found != groups:
     raise ValueError(
-      f"{name}={pattern!r} has {groups} groups; it needs one, around what "
+      f"{name}={pattern!r} has {found} groups; it needs one, around what "
       "names the user, as in '-([A-Za-z]+)[.]txt'"
     )
 

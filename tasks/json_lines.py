@@ -29,7 +29,7 @@ def register(
   document_field: str | None = None,
   unit_pattern: str | None = None,
   validation_fraction: float = 0.05,
-  split_by: str = "document",
+  split_by: str = "record",
   encoding_errors: str = "strict",
   max_bytes: int = 16_000_000,
   read_through: bool = True,
@@ -55,7 +55,8 @@ def register(
       `unit_field`, such as the site in an address; None: all of it.
     validation_fraction: share of documents (or users) in the validation split,
       in [0, 1). At 0 the task has no validation split.
-    split_by: "document" or "unit": what is in one split with all its text.
+    split_by: "record", "document" or "user": what is in one split with all its
+      text.
       Choose what PrivacySettings.unit protects.
     encoding_errors: "strict" refuses bytes that are not UTF-8; "replace" reads
       them as U+FFFD; "ignore" skips them.

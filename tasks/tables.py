@@ -54,7 +54,8 @@ class Table:
       field `unit`; None: the whole field names the user.
     validation_fraction: share of the documents (or users) in the validation
       split.
-    split_by: "document" or "unit": what is in one split with all its text.
+    split_by: "record" (a row), "document" or "user": what is in one split with
+      all its text.
     encoding_errors: "strict", "replace" or "ignore".
     max_bytes: the longest line, or text, that is read.
 
@@ -86,8 +87,7 @@ class Table:
     dividing.check_fraction(self.validation_fraction)
     named = f"unit_{self.words.field}"
     way_out = f"{named}, the {self.words.field} that names the user"
-    choices = ("document", "unit")
-    dividing.check_split_by(self.split_by, choices, self.unit, way_out)
+    dividing.check_split_by(self.split_by, self.unit, way_out)
     dividing.check_pattern("unit_pattern", self.unit_pattern)
     if self.unit_pattern is not None and self.unit is None:
       raise ValueError(f"unit_pattern={self.unit_pattern!r} needs {way_out}")
@@ -149,7 +149,7 @@ def add_task(
   """
   found = tuple(found_files.find(table.globs, table.words.example))
   corpus = _Rows(table, read, found)
-  what = "user(s)" if table.split_by == "unit" else "document(s)"
+  what = f"{table.split_by}(s)"
   division = dividing.survey(
     (fraction for fraction, _ in corpus.texts()),
     table.validation_fraction,
@@ -187,8 +187,8 @@ class _Rows:
         if table.unit is not None:
           unit = _user(table, values, where)
         if text.strip():
-          whole = unit if table.split_by == "unit" else document
-          fraction = raw_text.stable_fraction(whole)
+          whole = {"record": source, "document": document, "user": unit}
+          fraction = raw_text.stable_fraction(whole[table.split_by])
           yield fraction, (source, text, document, unit)
 
 

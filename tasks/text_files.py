@@ -1,7 +1,8 @@
 """The user's own text files, found by globs, as a seqio task.
 
-Files are cut into passages at line ends; each passage is a document. No Python
-is needed: a gin file binds `register`'s arguments.
+Files are cut into passages at line ends, which know their document (a file, or
+a part of one) and perhaps their user. No Python is needed: a gin file binds
+`register`'s arguments.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import codecs
 from collections.abc import Iterator, Sequence
 import dataclasses
 import hashlib
+import re
 from typing import Final
 
 from dptrain.tasks import dividing
@@ -18,6 +20,13 @@ from dptrain.tasks import raw_text
 
 _EXAMPLE: Final = "**/*.txt"
 _READ_BYTES: Final = 2**16
+# By what is in one split: what to do where that is too few.
+_SHORT_OF: Final = {
+  "record": "lower passage_chars={}",
+  "document": "tell where documents begin in a file (document, or"
+  " --gin.DOCUMENT_START), or give more files",
+  "user": "give text of more users",
+}
 
 
 def register(
@@ -26,8 +35,9 @@ def register(
   validation_fraction: float = 0.05,
   passage_chars: int = 20_000,
   encoding_errors: str = "strict",
+  document: str | None = None,
   unit: str | None = None,
-  split_by: str = "passage",
+  split_by: str = "record",
   read_through: bool = True,
 ) -> str:
   """Registers text files as a seqio task, after reading them through once.
@@ -35,7 +45,7 @@ def register(
   The validation split takes each passage whose stable hash of (path below the
   glob's fixed part, passage number) is under `validation_fraction`, and at
   least one passage; a single big file is thus divided as well. With `split_by`
-  it is whole files, or all files of a user, that are divided. Registering the
+  it is whole documents, or users, that are divided. Registering the
   same arguments again looks at the files anew and replaces the task.
 
   Args:
@@ -47,11 +57,14 @@ def register(
       end, unless the line itself is longer: then it is cut there.
     encoding_errors: "strict" refuses bytes that are not UTF-8; "replace" reads
       them as U+FFFD; "ignore" skips them.
+    document: a regular expression that matches a line, from its beginning,
+      where a new document begins: "" for each line, "[ ]*$" for blank lines,
+      " = [^=]" for WikiText's titles. None: a file is a document.
     unit: a regular expression with one group, which finds the user in a file's
       path (below the glob's fixed part); None if users are not known. For
       PrivacySettings.unit="user".
-    split_by: "passage", "document" (a file) or "unit": what is in one split
-      with all its text. Choose what PrivacySettings.unit protects.
+    split_by: "record" (here: a passage), "document" or "user": what is in one
+      split with all its text. Choose what PrivacySettings.unit protects.
     read_through: False stops the first reading as soon as both splits have a
       passage: nothing else changes, but what is wrong further on is told when
       it is reached. For corpora of many gigabytes.
@@ -69,16 +82,17 @@ def register(
     validation_fraction=validation_fraction,
     passage_chars=passage_chars,
     encoding_errors=encoding_errors,
+    document=document,
     unit=unit,
     split_by=split_by,
   )
   found = tuple(found_files.find(corpus.globs, _EXAMPLE))
   division = dividing.survey(
-    (fraction for _, fraction, _ in _passages(corpus, found)),
+    (fraction for fraction, _ in _passages(corpus, found)),
     validation_fraction,
     where=f"the {len(found)} files that match {', '.join(corpus.globs)}",
-    what="passage(s)",
-    way_out=f"lower passage_chars={passage_chars}",
+    what=f"passage(s), divided by split_by={split_by!r},",
+    way_out=_SHORT_OF[split_by].format(passage_chars),
     read_through=read_through,
   )
   return raw_text.add_task(
@@ -96,8 +110,9 @@ class _TextFiles:
   validation_fraction: float
   passage_chars: int
   encoding_errors: str
+  document: str | None = None
   unit: str | None = None
-  split_by: str = "passage"
+  split_by: str = "record"
 
   def __post_init__(self) -> None:
     dividing.check_fraction(self.validation_fraction)
@@ -109,11 +124,12 @@ class _TextFiles:
     found_files.check_encoding_errors(self.encoding_errors)
     dividing.check_split_by(
       self.split_by,
-      ("passage", "document", "unit"),
       self.unit,
-      "unit, a regular expression that finds the user in a file's path",
+      "unit, a regular expression that finds the user in a file's path"
+      " (--gin.USER_IN_PATH)",
     )
     dividing.check_pattern("unit", self.unit)
+    dividing.check_pattern("document", self.document, groups=None)
 
   def unit_of(self, key: str) -> str:
     """The user that a file is of; empty if none is asked for."""
@@ -137,39 +153,47 @@ class _Passages:
 
   def __iter__(self) -> Iterator[tuple[str, str, str, str]]:
     wanted = self.split == raw_text.VALIDATION
-    for source, fraction, text in _passages(self.corpus, self.found):
+    for fraction, passage in _passages(self.corpus, self.found):
       if self.division.is_validation(fraction) == wanted:
-        key = source.rpartition(":")[0]
-        yield source, text, key, self.corpus.unit_of(key)
+        yield passage
 
 
 def _passages(
   corpus: _TextFiles, found: tuple[tuple[str, str], ...]
-) -> Iterator[tuple[str, float, str]]:
-  """Yields (source, hash in [0, 1), passage) for every passage with text."""
+) -> Iterator[tuple[float, tuple[str, str, str, str]]]:
+  """Yields (hash in [0, 1), (source, passage, document, user))."""
   for path, key in found:
-    unit = corpus.unit_of(key)
-    for number, text in enumerate(_cut(_lines(corpus, path), corpus)):
+    user = corpus.unit_of(key)
+    for number, (begun, text) in enumerate(_cut(_lines(corpus, path), corpus)):
       if text.strip():
         source = f"{key}:{number}"
-        whole = {"passage": source, "document": key, "unit": unit}
+        document = key if corpus.document is None else f"{key}#{begun}"
+        whole = {"record": source, "document": document, "user": user}
         fraction = raw_text.stable_fraction(whole[corpus.split_by])
-        yield source, fraction, text
+        yield fraction, (source, text, document, user)
 
 
-def _cut(lines: Iterator[str], corpus: _TextFiles) -> Iterator[str]:
-  """Gathers lines into passages of at most `passage_chars` characters."""
-  limit = corpus.passage_chars
+def _cut(lines: Iterator[str], corpus: _TextFiles) -> Iterator[tuple[int, str]]:
+  """Gathers lines into passages of at most `passage_chars` characters.
+
+  Yields:
+    How many documents have begun within the file, and a passage.
+  """
+  limit, begins = corpus.passage_chars, re.compile(corpus.document or "")
   held: list[str] = []
-  length = 0
+  length, begun, whole = 0, 0, True
   for line in lines:
-    if held and length + len(line) > limit:
-      yield "".join(held)
+    # What is left of a long line begins none.
+    first = corpus.document is not None and whole and bool(begins.match(line))
+    if held and (first or length + len(line) > limit):
+      yield begun, "".join(held)
       held, length = [], 0
+    begun += first
     held.append(line)
     length += len(line)
+    whole = line.endswith("\n")
   if held:
-    yield "".join(held)
+    yield begun, "".join(held)
 
 
 def _lines(corpus: _TextFiles, path: str) -> Iterator[str]:

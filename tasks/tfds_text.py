@@ -26,7 +26,7 @@ def register(
   document_feature: str | None = None,
   unit_pattern: str | None = None,
   validation_fraction: float | None = None,
-  split_by: str = "document",
+  split_by: str = "record",
   train_split: str = "train",
   validation_split: str = "validation",
 ) -> str:
@@ -52,7 +52,8 @@ def register(
       splits come from `train_split`: validation holds each document (or user,
       by `split_by`) whose stable hash is under this share, in [0, 1). At 0 the
       task has no validation split.
-    split_by: "document" or "unit": what is in one split with all its text, if
+    split_by: "record", "document" or "user": what is in one split with all its
+      text, if
       `validation_fraction` is given.
     train_split: the dataset's name of it.
     validation_split: the dataset's name of it.
@@ -108,8 +109,7 @@ class _Dataset:
     if self.validation_fraction is not None:
       dividing.check_fraction(self.validation_fraction)
     way_out = "unit_feature, the feature that names the user"
-    choices = ("document", "unit")
-    dividing.check_split_by(self.split_by, choices, self.unit, way_out)
+    dividing.check_split_by(self.split_by, self.unit, way_out)
     dividing.check_pattern("unit_pattern", self.unit_pattern)
     if self.unit_pattern is not None and self.unit is None:
       raise ValueError(f"unit_pattern={self.unit_pattern!r} needs {way_out}")
@@ -257,8 +257,13 @@ def _told(settings: _Dataset, examples: Any, split: str, own: str) -> Any:
   def judged(source: bytes, document: bytes, unit: bytes) -> Any:
     """The user, and whether the example is of this split."""
     user = _user(settings, unit, source.decode())
-    whole = user if settings.split_by == "unit" else _decoded(document)
-    found = division.is_validation(raw_text.stable_fraction(whole))
+    whole = {
+      "record": source.decode(),
+      "document": _decoded(document),
+      "user": user,
+    }
+    fraction = raw_text.stable_fraction(whole[settings.split_by])
+    found = division.is_validation(fraction)
     kept = not by_hash or found == (split == raw_text.VALIDATION)
     return user.encode(errors="surrogateescape"), kept
 

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import random
+import re
 import textwrap
 import warnings
 
@@ -282,12 +283,11 @@ def test_vocab_then_plan(folder, capsys):
   for number in range(300):
     (folder / "text" / f"more{number}.txt").write_text("abba dada gaga fad.")
   (folder / "text" / "rare.txt").write_text("abba xylophone")
-  status = vocab(
-    folder, "--epsilon=8", "--delta=1e-7", "--size=900", "--model_type=bpe"
-  )
+  flags = ["--epsilon=8", "--delta=1e-7", "--model_type=bpe"]
+  status = vocab(folder, *flags, "--size=262")
   told = capsys.readouterr()
   assert status == 2
-  assert "size=900 is too large" in told.err
+  assert "size=262 is too small" in told.err
   assert "costs no more privacy" in told.err
   words = folder / "private.model.words.tsv"
   assert "xylophone" not in words.read_text()
@@ -297,6 +297,9 @@ def test_vocab_then_plan(folder, capsys):
   again = [*flags, f"--words={words}", f"--output={folder / 'next.model'}"]
   assert vocab(folder, *again) == 0
   assert "280 tokens from 5 words" in capsys.readouterr().out
+  large = [*again, "--size=900", f"--output={folder / 'large.model'}"]
+  assert vocab(folder, *large) == 0
+  assert re.search(r"900 .* 5 words, \d+ of them", capsys.readouterr().out)
   pieces = (folder / "next.model.vocab.txt").read_text().splitlines()
   assert pieces[:2] == ["[PAD]", "[UNK]"]
   assert vocab(folder, *again) == 2

@@ -35,14 +35,14 @@ FAULTS = {
   ),
   "units without a bound": Fault(
     COUNTS,
-    "if len(distinct) > self._k:",
-    "if len(distinct) > 10 * self._k:",
+    "_most_used(own, self._uses(own), self._k)",
+    "_most_used(own, self._uses(own), 10 * self._k)",
     TESTS + "test_one_unit_moves_the_counts_by_what_is_priced",
   ),
   "a bound for each text of a unit": Fault(
     COUNTS,
     'own = self._seed.digest("words of a unit", unit)',
-    'own = self._seed.digest("words of a text", str(len(self._chosen)))',
+    'own = self._seed.digest("words of a text", str(len(self._held)))',
     TESTS + "test_a_unit_with_most_of_the_text_counts_for_one",
   ),
   "a part of a unit priced as if no other word took its place": Fault(

@@ -14,11 +14,13 @@ from dptrain.auditing import black_box
 from dptrain.auditing import canaries as canaries_lib
 from dptrain.auditing import observer as observer_lib
 from dptrain.auditing import verdict as verdict_lib
+from dptrain.privacy import keys as keys_lib
 from dptrain.privacy import ledger as ledger_lib
 from dptrain.privacy import others as others_lib
 from dptrain.privacy import plan as plan_lib
 from dptrain.reports import curves
 from dptrain.training import checkpoints as checkpoints_lib
+from dptrain.training import examples as examples_lib
 from dptrain.training import loop
 from dptrain.training import mesh as mesh_lib
 from dptrain.training import preparation as preparation_lib
@@ -38,8 +40,8 @@ class AuditSettings:
   """How a run is audited.
 
   Attributes:
-    canaries: m, records that are put in or left out by a fair coin. More give
-      higher bounds.
+    canaries: m, units of the run (records, documents or users) that are put in
+      or left out by a fair coin. More give higher bounds.
     mode: "white_box": gradient canaries, and an attacker who sees every
       update. "black_box": canaries are text, and the attacker sees the final
       model only.
@@ -89,8 +91,9 @@ def audit(
 
   The run is `loop.train` with the user's settings: sampler, step, noise, ledger
   and accountant are those of any run. Its corpus is the canaries and the user's
-  records, its plan that of a corpus of this size. An audit that is interrupted
-  is resumed by the same command; one that is done gives its verdict again.
+  records, its plan that of a corpus of so many units. An audit that is
+  interrupted is resumed by the same command; one that is done gives its verdict
+  again.
 
   Formal guarantee: none is made. If the run satisfies its claim, each of the
   two lower bounds exceeds what it is compared with (`Verdict`) with probability
@@ -122,14 +125,19 @@ def audit(
     seed, settings.canaries, run.sequence_length, records.vocabulary_size
   )
   records_lib.check_records(run, records)
-  records = canaries_lib.with_canaries(records, canaries)
+  privacy = run.privacy
+  records = canaries_lib.with_canaries(
+    records, canaries, privacy.unit, privacy.records_per_unit
+  )
+  # How many units there are does not depend on the seed.
+  units = examples_lib.of_run(run, records.train, None, keys_lib.fixed_seed(0))
   recorded = started.get("plan", {})
   plan = plan_lib.make_plan(
-    run.privacy,
-    records.train.num_examples,
+    privacy,
+    units.num_examples,
     calibrated_noise=recorded.get("noise_multiplier"),
     noise_coefficients=recorded.get("noise_coefficients"),
-    others=records.others(run.privacy),
+    others=records.others(privacy),
   )
   if settings.mode == "white_box":
     run = _observed(run, plan, settings.canaries)
@@ -152,10 +160,11 @@ def _check_auditable(run: run_lib.TrainingRun, settings: AuditSettings) -> None:
       f"an audit runs in one process, not in {jax.process_count()}: audit a"
       " smaller run of the same settings."
     )
-  if run.privacy.unit != "record":
+  if run.privacy.unit_sampling == "records" and run.privacy.unit != "record":
     raise ValueError(
-      f"PrivacySettings.unit={run.privacy.unit!r} cannot be audited: canaries"
-      " are records. Audit the same run with unit='record'."
+      "PrivacySettings.unit_sampling='records' cannot be audited: a canary is"
+      f" one {run.privacy.unit}, sampled as a whole. Audit the same run with"
+      " unit_sampling='units'."
     )
   quantile = run.privacy.adaptive_quantile
   if settings.mode == "white_box" and quantile is not None:

@@ -1,6 +1,6 @@
-"""Canaries: records that an auditor puts in, or leaves out, by a fair coin.
+"""Canaries: units that an auditor puts in, or leaves out, by a fair coin.
 
-Shapes: m canaries, N records in all, T sequence length.
+Shapes: m canaries, k records of one, N records in all, T sequence length.
 """
 
 import hashlib
@@ -108,22 +108,43 @@ def make_canaries(
 
 
 def with_canaries(
-  records: records_lib.Records, canaries: Canaries
+  records: records_lib.Records,
+  canaries: Canaries,
+  unit: str = "record",
+  records_per_unit: int = 1,
 ) -> records_lib.Records:
-  """The user's records behind the canaries, which are records 0 to m - 1.
+  """The user's records behind the canaries, which are units 0 to m - 1.
 
   Their places are fixed and public: only the coins differ between neighbours.
-  There is no validation split, which an audit would only publish.
+  A canary that is a document or a user has as many records as a unit may have,
+  all alike: what bounds a unit as a whole is exercised on it. There is no
+  validation split, which an audit would only publish.
+
+  Args:
+    records: the user's.
+    canaries: the canaries.
+    unit: that of the plan.
+    records_per_unit: k.
   """
-  rows = np.concatenate([canaries.rows(), records.train.tokens])
   count = len(canaries.included)
+  train = records.train
+  rows = np.concatenate(
+    [np.repeat(canaries.rows(), records_per_unit, axis=0), train.tokens]
+  )
+  own = store_lib.hashed_keys(
+    [(f"canary {n} of an audit", records_per_unit) for n in range(count)]
+  )
+  documents, users = (
+    None if unit == "record" or keys is None else np.concatenate([own, keys])
+    for keys in (train.documents, train.users)
+  )
   return records._replace(
-    train=store_lib.RecordStore(rows),
+    train=store_lib.RecordStore(rows, documents, users),
     validation=None,
     unprotected=(
       *records.unprotected,
       f"THIS IS AN AUDIT, NOT A MODEL TO PUBLISH: {count} of the"
-      " records are canaries, random tokens that an attacker knows, and the"
+      f" {unit}s are canaries, random tokens that an attacker knows, and the"
       " checkpoints may hold what the attacker saw of them.",
     ),
   )

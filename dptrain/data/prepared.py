@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dptrain.data.store import begun_digest
+from dptrain.data.store import check_indices
 
 MANIFEST: Final = "manifest.json"
 VOCABULARY: Final = "vocabulary.model"
@@ -181,12 +182,7 @@ class PreparedStore:
     """Yields (places in `indices`, shard, rows of the shard)."""
     if not indices.size:
       return
-    # A negative index would silently be read from a shard's end.
-    if indices.min() < 0 or indices.max() >= self.num_examples:
-      raise ValueError(
-        f"record indices reach from {indices.min()} to {indices.max()}; the "
-        f"store holds records 0 to {self.num_examples - 1}"
-      )
+    check_indices(indices, self.num_examples)
     order = None
     if (np.diff(indices) < 0).any():
       order = np.argsort(indices, kind="stable")
@@ -251,13 +247,7 @@ class SomeRecords:
   ) -> npt.NDArray[np.int32]:
     """Copies records out: see `PreparedStore.gather`."""
     indices = np.asarray(indices)
-    if indices.size and not (
-      indices.min() >= 0 and indices.max() < self.num_examples
-    ):
-      raise ValueError(
-        f"record indices reach from {indices.min()} to {indices.max()}; there"
-        f" are records 0 to {self.num_examples - 1}"
-      )
+    check_indices(indices, self.num_examples)
     return self.records.gather(self.indices[indices])
 
   def content_digest(self) -> bytes:

@@ -161,14 +161,7 @@ class RecordStore:
       ValueError: if an index lies outside [0, N).
     """
     indices = np.asarray(indices)
-    # NumPy would read a negative index from the end without a word.
-    if indices.size and not (
-      indices.min() >= 0 and indices.max() < self.num_examples
-    ):
-      raise ValueError(
-        f"record indices reach from {indices.min()} to {indices.max()}; the "
-        f"store holds records 0 to {self.num_examples - 1}"
-      )
+    check_indices(indices, self.num_examples)
     return self.tokens[indices]
 
   def token_range(self) -> tuple[int, int]:
@@ -229,6 +222,29 @@ def build_store(
     if all(each.unit for each, _ in keys)
     else None,
   )
+
+
+def check_indices(
+  indices: npt.NDArray[np.integer[Any]],
+  num_examples: int,
+  what: str = "record",
+) -> None:
+  """Refuses numbers of examples that a store does not hold.
+
+  Args:
+    indices: integers, of any shape.
+    num_examples: how many there are.
+    what: what one of them is called.
+
+  Raises:
+    ValueError: if an index lies outside [0, num_examples).
+  """
+  # NumPy would read a negative index from the end without a word.
+  if indices.size and not (indices.min() >= 0 and indices.max() < num_examples):
+    raise ValueError(
+      f"{what} indices reach from {indices.min()} to {indices.max()}; the store"
+      f" holds {what}s 0 to {num_examples - 1}"
+    )
 
 
 def begun_digest(num_examples: int, sequence_length: int) -> Any:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from dptrain.data.special_tokens import PAD_ID
 from dptrain.data.store import Store
+from dptrain.data.store import check_indices
 
 Keys = npt.NDArray[np.uint64]
 
@@ -75,13 +76,7 @@ class UnitStore:
       ValueError: if an index lies outside [0, U).
     """
     indices = np.asarray(indices)
-    if indices.size and not (
-      indices.min() >= 0 and indices.max() < self.num_examples
-    ):
-      raise ValueError(
-        f"unit indices reach from {indices.min()} to {indices.max()}; the store"
-        f" holds units 0 to {self.num_examples - 1}"
-      )
+    check_indices(indices, self.num_examples, "unit")
     members = self.members[indices]
     found = np.full((*members.shape, self.sequence_length), PAD_ID, np.int32)
     there = members >= 0

@@ -94,6 +94,22 @@ class VocabularySettings:
       )
 
 
+class TooLargeError(ValueError):
+  """The corpus does not yield so many tokens.
+
+  Attributes:
+    largest: how many it does.
+  """
+
+  def __init__(self, size: int, largest: int):
+    self.largest = largest
+    super().__init__(
+      f"vocabulary size={size} is too large for this corpus: the largest"
+      f" possible size is {largest}; lower VocabularySettings.size"
+      " (--gin.VOCABULARY_SIZE) or give more text"
+    )
+
+
 class Vocabulary:
   """A SentencePiece model with [PAD] [UNK] [CLS] [SEP] [MASK] as ids 0 to 4."""
 
@@ -190,6 +206,14 @@ class Vocabulary:
     """
     return str(self._processor.id_to_piece(int(token)))
 
+  def is_unused(self, token: int) -> bool:
+    """Whether no text contains a token: it fills the vocabulary up.
+
+    Args:
+      token: its id.
+    """
+    return bool(self._processor.is_unused(int(token)))
+
   def is_byte(self, token: int) -> bool:
     """Whether a token stands for one byte of what no other piece spells.
 
@@ -275,7 +299,9 @@ def train_on_word_counts(
   """Trains a vocabulary on words and their counts, and on nothing else.
 
   The same counts and settings give the same bytes. What no piece spells becomes
-  bytes, so that every text is encodable.
+  bytes, so that every text is encodable. Where the words yield fewer tokens
+  than `settings.size`, the rest is [unused1], [unused2] .., which no text
+  contains.
 
   Args:
     counts: at least 1 each, by word as `words.Splitter` yields it.
@@ -286,25 +312,32 @@ def train_on_word_counts(
     The vocabulary, of exactly `settings.size` tokens.
 
   Raises:
-    ValueError: the words are too few, or too rich in characters, for the size.
+    ValueError: the words are too rich in characters for the size.
   """
   from sentencepiece import sentencepiece_model_pb2
 
   protos: Any = sentencepiece_model_pb2
   model = protos.ModelProto()
+  lines = [f"{word}\t{count}" for word, count in sorted(counts.items())]
   # A word has its space with it, or has none: neither is to be added or dropped
   # here, and both are in the texts that the model will read.
-  model.ParseFromString(
-    _trained(
-      [f"{word}\t{count}" for word, count in sorted(counts.items())],
-      settings,
-      input_format="tsv",
-      byte_fallback=True,
-      normalization_rule_name=normalization(lowercase),
-      add_dummy_prefix=False,
-      remove_extra_whitespaces=False,
+  options: dict[str, Any] = {
+    "input_format": "tsv",
+    "byte_fallback": True,
+    "normalization_rule_name": normalization(lowercase),
+    "add_dummy_prefix": False,
+    "remove_extra_whitespaces": False,
+  }
+  try:
+    trained = _trained(lines, settings, **options)
+  except TooLargeError as error:
+    fewer = dataclasses.replace(settings, size=error.largest)
+    trained = _trained(lines, fewer, **options)
+  model.ParseFromString(trained)
+  for number in range(1, settings.size - len(model.pieces) + 1):
+    model.pieces.add(
+      piece=f"[unused{number}]", type=protos.ModelProto.SentencePiece.UNUSED
     )
-  )
   model.normalizer_spec.add_dummy_prefix = True
   model.normalizer_spec.remove_extra_whitespaces = True
   return Vocabulary(model.SerializeToString())
@@ -331,7 +364,7 @@ def _trained(
       **more,
     )
   except RuntimeError as error:
-    raise ValueError(_explain(str(error), settings)) from error
+    raise _explained(str(error), settings) from error
   return model.getvalue()
 
 
@@ -367,20 +400,15 @@ def _sample(lines: Iterable[str], limit: int) -> list[str]:
   return kept
 
 
-def _explain(message: str, settings: VocabularySettings) -> str:
+def _explained(message: str, settings: VocabularySettings) -> ValueError:
   """Words SentencePiece's complaint in terms of the settings."""
   if found := _TOO_LARGE.search(message):
-    return (
-      f"vocabulary size={settings.size} is too large for this corpus: the "
-      f"largest possible size is {found[1]}; lower VocabularySettings.size "
-      "(--gin.VOCABULARY_SIZE) or "
-      "give more text"
-    )
+    return TooLargeError(settings.size, int(found[1]))
   if found := _TOO_SMALL.search(message):
-    return (
+    return ValueError(
       f"vocabulary size={settings.size} is too small for this corpus: its "
       f"characters and the special tokens alone need {found[1]}; raise "
       "VocabularySettings.size or lower VocabularySettings.character_coverage="
       f"{settings.character_coverage}"
     )
-  return f"cannot train a vocabulary with {settings}: {message}"
+  return ValueError(f"cannot train a vocabulary with {settings}: {message}")

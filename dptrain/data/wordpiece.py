@@ -35,7 +35,7 @@ def _tokens(vocabulary: Vocabulary) -> Iterator[str]:
   pieces = [
     vocabulary.piece(i)
     for i in range(NUM_SPECIAL, vocabulary.size)
-    if not vocabulary.is_byte(i)
+    if not vocabulary.is_byte(i) and not vocabulary.is_unused(i)
   ]
   for piece in pieces:
     if text := piece.lstrip(_SPACE):

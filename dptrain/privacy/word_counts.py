@@ -6,8 +6,10 @@ a threshold on the noisy count (partition selection; arXiv 2002.09745,
 """
 
 from array import array
+import collections
 from collections.abc import Iterable, Mapping
 import dataclasses
+import functools
 import hashlib
 import heapq
 import math
@@ -26,6 +28,9 @@ UNITS = ("record", "document", "user")
 # one side with probability p costs up to p / (1 - p) on the other: thirds cover
 # both, for any number of releases whose failures sum to at most 1.
 _SHARE_OF_FAILURE = 1 / 3
+# Words of a unit that are remembered for each that will count.
+_HELD_PER_COUNTED = 16
+_MOST_USES = 2**32 - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,9 +95,11 @@ class WordRelease:
 class WordCounts:
   """Counts, for each word, the units that hold it. PRIVATE.
 
-  Of a unit with more than k distinct words, a uniformly random k count. Which
-  ones is a function of the secret seed, the unit's key and its set of words:
-  not of order, repetition, or of any other unit. Memory: k numbers per unit.
+  Of a unit with more than k distinct words those k count that it uses most, and
+  of words that it uses equally often random ones: long texts agree on little
+  else. Which ones is a function of the secret seed, the unit's key and its own
+  texts, in their order: not of any other unit. Memory: a unit's distinct words,
+  at most 32 k of them, at 8 bytes each.
   """
 
   def __init__(self, words_per_unit: int, seed: keys.SecretSeed):
@@ -106,36 +113,40 @@ class WordCounts:
     self._seed = seed
     self._words: list[str] = []
     self._ids: dict[str, int] = {}
-    self._chosen: dict[bytes, array[int]] = {}
+    # Of each unit, the numbers of its words, and then how often it uses each.
+    self._held: dict[bytes, array[int]] = {}
 
   def add(self, unit: str, words: Iterable[str]) -> None:
     """Adds words to a unit, which may have been added to before.
 
     Args:
       unit: its key.
-      words: in any order, however often.
+      words: in any order, as often as they occur.
     """
     own = self._seed.digest("words of a unit", unit)
-    distinct = set(words)
-    before = self._chosen.get(own)
-    if before is not None:
-      distinct.update(self._words[i] for i in before)
-    if len(distinct) > self._k:
-      # What is left out once is never among the k smallest again.
-      distinct = set(
-        heapq.nsmallest(self._k, distinct, key=lambda w: _luck(own, w))
-      )
-    self._chosen[own] = array("I", map(self._id, distinct))
+    uses = collections.Counter(words)
+    uses.update(self._uses(own))
+    if len(uses) > 2 * _HELD_PER_COUNTED * self._k:
+      # What a unit seldom uses so far is forgotten: memory stays bounded.
+      most = _most_used(own, uses, _HELD_PER_COUNTED * self._k)
+      uses = collections.Counter({word: uses[word] for word in most})
+    times = (min(each, _MOST_USES) for each in uses.values())
+    self._held[own] = array("I", [*map(self._id, uses), *times])
 
   def counts(self) -> dict[str, int]:
     """Units by word, for each word that counts for a unit at least. PRIVATE."""
-    found = np.zeros(len(self._words), np.int64)
-    for chosen in self._chosen.values():
-      found[np.frombuffer(chosen, np.uintc)] += 1
+    found: dict[str, int] = {}
+    for own in self._held:
+      for word in _most_used(own, self._uses(own), self._k):
+        found[word] = found.get(word, 0) + 1
+    return found
+
+  def _uses(self, own: bytes) -> dict[str, int]:
+    """How often a unit uses each of its words, as far as is remembered."""
+    held = self._held.get(own, array("I"))
+    size = len(held) // 2
     return {
-      word: int(count)
-      for word, count in zip(self._words, found, strict=True)
-      if count
+      self._words[i]: n for i, n in zip(held[:size], held[size:], strict=True)
     }
 
   def _id(self, word: str) -> int:
@@ -206,6 +217,17 @@ def priced(
     mechanisms.Releases(1, 1.0, noise_multiplier), relation
   )
   return noise_multiplier * expected / moved
+
+
+def _most_used(own: bytes, uses: Mapping[str, int], limit: int) -> list[str]:
+  """At most so many words of a unit: the most used, ties by keyed hash."""
+  if len(uses) <= limit:
+    return list(uses)
+  least = heapq.nlargest(limit, uses.values())[-1]
+  sure = [word for word, times in uses.items() if times > least]
+  tied = (word for word, times in uses.items() if times == least)
+  luck = functools.partial(_luck, own)
+  return sure + heapq.nsmallest(limit - len(sure), tied, key=luck)
 
 
 def _luck(own: bytes, word: str) -> tuple[bytes, str]:

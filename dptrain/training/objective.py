@@ -66,6 +66,8 @@ class Objective:
     units, size, length = tokens.shape
     keys = jax.vmap(lambda key: jax.random.split(key, size))(keys)
     flat = {"tokens": tokens.reshape(units * size, length)}
+    if "example_ids" in batch:
+      flat["example_ids"] = jnp.repeat(batch["example_ids"], size)
     losses, aux = self.losses(params, flat, keys.reshape(units * size))
     there = jnp.any(tokens != special_tokens.PAD_ID, axis=-1)
     count = jnp.maximum(jnp.sum(there, axis=-1), 1)

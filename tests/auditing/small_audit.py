@@ -35,6 +35,7 @@ def audited(
   guesses=None,
   num_records=RECORDS,
   privacy=None,
+  records=None,
   **options,
 ):
   """`privacy`: settings that `small_run.make_run` has no option for."""
@@ -43,5 +44,5 @@ def audited(
   return audit.audit(
     dataclasses.replace(run, privacy=changed),
     audit.AuditSettings(canaries=canaries, mode=mode, guesses=guesses),
-    small_run.records(num_records),
+    records or small_run.records(num_records),
   )

@@ -10,6 +10,7 @@ import small_run
 
 from dptrain.auditing import audit
 from dptrain.auditing import canaries
+from dptrain.data import store as store_lib
 from dptrain.privacy import ledger as ledger_lib
 from dptrain.privacy import noise as noise_lib
 from dptrain.training import loop
@@ -71,6 +72,46 @@ def test_other_samplings_and_releases_pass(tmp_path, privacy):
     assert verdict.measured is None
   else:
     assert verdict.measured.sensitivity == pytest.approx(1.0, abs=0.2)
+
+
+def of_users(num_records, per_user):
+  """Records of users, with as many each."""
+  made = small_run.records(num_records, validation=False)
+  users = np.arange(num_records, dtype=np.uint64) // per_user
+  return made._replace(
+    train=store_lib.RecordStore(made.train.tokens, users, users)
+  )
+
+
+@pytest.mark.parametrize("unit", ["document", "user"])
+def test_units_are_canaries(tmp_path, unit):
+  verdict = small_audit.audited(
+    tmp_path,
+    records=of_users(90, 3),
+    canaries=400,
+    guesses=100,
+    sizes=(430, 430),
+    physical_batch_size=215,
+    privacy={"unit": unit, "records_per_unit": 2},
+  )
+  assert verdict.passed, found(verdict)
+  assert verdict.guesses.correct >= 80
+  assert verdict.measured.sensitivity == pytest.approx(1.0, abs=0.4)
+  plan = ledger_lib.read(tmp_path).header["plan"]
+  assert plan["num_examples"] == 430
+  text = " ".join((tmp_path / "privacy_report.txt").read_text().split())
+  assert f"400 of the {unit}s are canaries" in text
+
+
+def test_groups_of_sampled_records_are_refused(tmp_path):
+  privacy = {
+    "unit": "user",
+    "records_per_unit": 2,
+    "unit_sampling": "records",
+  }
+  with pytest.raises(ValueError, match=r"unit_sampling='records' cannot be au"):
+    small_audit.audited(tmp_path / "new", privacy=privacy)
+  assert not (tmp_path / "new").exists()
 
 
 def test_more_noise_hides_the_coins(tmp_path):

@@ -91,7 +91,7 @@ def test_blank_lines_a_mark_and_line_ends_of_windows(tmp_path):
   ]
 
 
-@pytest.mark.parametrize("split_by", ["document", "unit"])
+@pytest.mark.parametrize("split_by", ["document", "user"])
 def test_documents_and_users_are_in_one_split(tmp_path, split_by):
   every = rows(300, users=40, books=60)
   write(tmp_path / "a.jsonl", every[:100])
@@ -103,7 +103,7 @@ def test_documents_and_users_are_in_one_split(tmp_path, split_by):
     "validation_fraction": 0.3,
   }
   name, found = register(tmp_path / "*.jsonl", **arguments)
-  place = {"document": 2, "unit": 3}[split_by]
+  place = {"document": 2, "user": 3}[split_by]
   train, validation = (
     {each[place] for each in found[split]} for split in found
   )
@@ -231,8 +231,11 @@ def test_bad_files_are_named(tmp_path, content, message):
     ({"files": ""}, "files='' names no file; give a glob such as 'corpus/**/"),
     ({"text_field": ""}, "text_field='' must be the name of a field"),
     ({"unit_field": 3}, "unit_field=3 must be the name of a field"),
-    ({"split_by": "unit"}, "split_by='unit' needs unit_field, the field that"),
-    ({"split_by": "line"}, "split_by='line' must be 'document' or 'unit'"),
+    ({"split_by": "user"}, "split_by='user' needs unit_field, the field that"),
+    (
+      {"split_by": "line"},
+      "split_by='line' must be 'record', 'document' or 'user'",
+    ),
     ({"unit_pattern": "(a)"}, "unit_pattern='(a)' needs unit_field"),
     ({"unit_pattern": "a"}, "unit_pattern='a' has 0 groups"),
     ({"unit_pattern": ""}, "unit_pattern='' has 0 groups"),
@@ -255,7 +258,7 @@ def test_corpora_that_cannot_serve(tmp_path):
     ValueError,
     match=r"3 line\(s\), divided by user\(s\), in .*leave the train split ",
   ):
-    register(path, unit_field="who", split_by="unit")
+    register(path, unit_field="who", split_by="user")
   with pytest.raises(FileNotFoundError, match=r"append '/\*\*/\*\.jsonl\*'"):
     register(tmp_path)
 
@@ -313,7 +316,7 @@ def test_prepared_by_document_and_by_user(tmp_path, capsys):
   ]
   for unit, split_by, kind, whole in (
     ("document", "document", "documents", 50),
-    ("user", "unit", "users", 20),
+    ("user", "user", "users", 20),
   ):
     flags = [*common, f"--gin.UNIT={unit}", f"--gin.SPLIT_BY={split_by}"]
     store = tmp_path / unit
@@ -340,7 +343,7 @@ def test_prepared_by_document_and_by_user(tmp_path, capsys):
         "--size=285",
         *common,
         "--gin.UNIT=user",
-        "--gin.SPLIT_BY=unit",
+        "--gin.SPLIT_BY=user",
       ]
     )
     == 0

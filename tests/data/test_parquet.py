@@ -59,7 +59,7 @@ def test_rows_of_several_groups_and_files(tmp_path, monkeypatch):
   assert found["train"] == expected
 
 
-@pytest.mark.parametrize("split_by", ["document", "unit"])
+@pytest.mark.parametrize("split_by", ["document", "user"])
 def test_documents_and_users_are_in_one_split(tmp_path, split_by):
   path = write(tmp_path / "a.parquet", columns(300, users=40, books=60))
   arguments = {
@@ -69,7 +69,7 @@ def test_documents_and_users_are_in_one_split(tmp_path, split_by):
     "validation_fraction": 0.3,
   }
   name, found = register(path, **arguments)
-  place = {"document": 2, "unit": 3}[split_by]
+  place = {"document": 2, "user": 3}[split_by]
   train, validation = (
     {each[place] for each in found[split]} for split in found
   )
@@ -145,7 +145,7 @@ def with_row(column, value):
       {},
       "is empty: it has columns but no row",
     ),
-    (columns(3), {"split_by": "unit"}, "needs unit_column, the column that na"),
+    (columns(3), {"split_by": "user"}, "needs unit_column, the column that na"),
   ],
 )
 def test_what_is_wrong_is_named(tmp_path, table, options, message):
@@ -233,7 +233,7 @@ def test_prepared_by_document_and_by_user(tmp_path):
   ]
   for unit, split_by, kind, whole in (
     ("document", "document", "documents", 50),
-    ("user", "unit", "users", 20),
+    ("user", "user", "users", 20),
   ):
     flags = [*common, f"--gin.UNIT={unit}", f"--gin.SPLIT_BY={split_by}"]
     store = tmp_path / unit

@@ -127,11 +127,21 @@ def test_lower_case_holds_for_encoding():
   assert upper == lower
 
 
-def test_too_large_and_too_small():
-  with pytest.raises(
-    ValueError, match=r"size=4000 is too large .* size is \d+"
-  ):
-    learned(4000)
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_few_words_are_filled_up(model_type):
+  made = learned(4000, model_type)
+  assert made.size == 4000
+  unused = [i for i in range(made.size) if made.is_unused(i)]
+  assert unused == list(range(unused[0], 4000))
+  assert 261 < unused[0] < 400
+  assert made.piece(unused[0]) == "[unused1]"
+  (ids,) = made.encode(["the work [unused1]"])
+  assert not set(ids) & set(unused)
+  assert made.decode(ids) == "the work [unused1]"
+  assert "unused" not in wordpiece.vocab_txt(made)
+
+
+def test_too_small():
   with pytest.raises(ValueError, match=r"size=265 is too small"):
     learned(265)
 

@@ -179,7 +179,7 @@ def test_long_lines_are_read_in_parts(lines, limit, block, ends):
       file.write(text)
     corpus = text_files._TextFiles((path,), 0.0, limit, "strict")
     found = list(text_files._cut(text_files._lines(corpus, path), corpus))
-  assert found == list(naive_passages(text, limit))
+  assert found == [(0, text) for text in naive_passages(text, limit)]
 
 
 def test_a_line_of_many_megabytes_takes_little_memory(tmp_path):
@@ -191,7 +191,7 @@ def test_a_line_of_many_megabytes_takes_little_memory(tmp_path):
   try:
     corpus = text_files._TextFiles((str(path),), 0.0, 20_000, "strict")
     found = text_files._passages(corpus, ((str(path), "a.txt"),))
-    total = sum(len(text) for _, _, text in found)
+    total = sum(len(text) for _, (_, text, *_) in found)
     peak = tracemalloc.get_traced_memory()[1]
   finally:
     tracemalloc.stop()
@@ -267,7 +267,7 @@ def keyed(files, **arguments):
   }
 
 
-@pytest.mark.parametrize("split_by", ["document", "unit"])
+@pytest.mark.parametrize("split_by", ["document", "user"])
 def test_units_are_in_one_split_with_all_their_text(tmp_path, split_by):
   text = "".join(f"line {n}\n" for n in range(9))
   names = [f"{y}-{who}.txt" for y in range(6) for who in ("Ann", "Bob", "Cy")]
@@ -279,7 +279,7 @@ def test_units_are_in_one_split_with_all_their_text(tmp_path, split_by):
     passage_chars=20,
     validation_fraction=0.3,
   )
-  place = {"document": 0, "unit": 1}[split_by]
+  place = {"document": 0, "user": 1}[split_by]
   train, validation = (
     {each[place] for each in part} for part in found.values()
   )
@@ -297,10 +297,47 @@ def test_without_units_a_file_is_a_document(tmp_path):
 
 
 @pytest.mark.parametrize(
+  ("document", "expected"),
+  [
+    (None, ["a.txt", "b.txt"]),
+    (" = [^=]", ["a.txt#1", "a.txt#2", "b.txt#0"]),
+    ("[ ]*$", ["a.txt#1", "a.txt#2", "a.txt#3", "b.txt#0"]),
+    ("", [f"a.txt#{n}" for n in (2, 3, 5, 6, 8)] + ["b.txt#1"]),
+  ],
+)
+def test_documents_within_a_file(tmp_path, document, expected):
+  text = "\n = One = \nfirst\n\n = = Part = = \ntext\n\n = Two = \n"
+  write(tmp_path, {"a.txt": text, "b.txt": "of = all\n"})
+  options = {"document": document, "validation_fraction": 0}
+  found = keyed(tmp_path / "*.txt", **options)
+  assert [name for name, _ in found["train"]] == expected
+  _, texts = register(str(tmp_path / "*.txt"), **options)
+  assert (
+    "".join(t for _, t in texts["train"]).split()
+    == (text + "of = all\n").split()
+  )
+
+
+def test_a_part_of_a_long_line_begins_no_document(tmp_path):
+  write(tmp_path, {"a.txt": "x" * 25 + "\nx\n"})
+  options = {"passage_chars": 10, "validation_fraction": 0}
+  found = keyed(tmp_path / "a.txt", document="x", **options)
+  assert [name for name, _ in found["train"]] == ["a.txt#1", "a.txt#2"]
+
+
+def test_too_few_documents_for_both_splits(tmp_path):
+  write(tmp_path, {"one.txt": "line\n" * 30})
+  told = r"split_by='document', .*; tell where documents begin in a file"
+  with pytest.raises(ValueError, match=told):
+    keyed(tmp_path / "*.txt", split_by="document", passage_chars=20)
+
+
+@pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    ({"split_by": "line"}, "split_by='line' must be 'passage', 'document' or"),
-    ({"split_by": "unit"}, "split_by='unit' needs unit"),
+    ({"split_by": "line"}, "split_by='line' must be 'record', 'document' or"),
+    ({"split_by": "user"}, "split_by='user' needs unit"),
+    ({"document": "("}, "document='(' is no regular expression"),
     ({"unit": "no group"}, "has 0 groups; it needs one"),
     ({"unit": "(a)(b)"}, "has 2 groups; it needs one"),
     ({"unit": "("}, "is no regular expression"),

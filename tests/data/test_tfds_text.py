@@ -136,7 +136,7 @@ def test_sites_are_users(data_dir):
     data_dir=str(data_dir),
     unit_feature="url",
     unit_pattern="https?://([^/]+)",
-    split_by="unit",
+    split_by="user",
     validation_fraction=0.4,
   )
   train, validation = (
@@ -209,8 +209,12 @@ def test_keys_that_are_numbers_or_empty(tmp_path):
       r"no feature 'body' \(it has '.*TEXT_F",
     ),
     ("c4/en", {"unit_feature": "who"}, r"no feature 'who' .*--gin\.UNIT_FEAT"),
-    ("c4/en", {"split_by": "unit"}, "needs unit_feature, the feature that na"),
-    ("c4/en", {"split_by": "x"}, "split_by='x' must be 'document' or 'unit'"),
+    ("c4/en", {"split_by": "user"}, "needs unit_feature, the feature that na"),
+    (
+      "c4/en",
+      {"split_by": "x"},
+      "split_by='x' must be 'record', 'document' or 'user'",
+    ),
     ("c4/en", {"unit_pattern": "(x)"}, r"unit_pattern='\(x\)' needs unit_fe"),
     ("c4/en", {"validation_fraction": 1.0}, "validation_fraction=1.0 must be"),
   ],
@@ -258,7 +262,7 @@ def test_prepared_by_document_and_by_user(data_dir, tmp_path):
   sites = [
     *common,
     "--gin.UNIT=user",
-    "--gin.SPLIT_BY=unit",
+    "--gin.SPLIT_BY=user",
     "--gin.RECORDS_PER_UNIT=4",
     "--gin.UNIT_FEATURE=url",
     "--gin.UNIT_PATTERN='https?://([^/]+)'",

@@ -80,6 +80,28 @@ def test_words_are_chosen_evenly():
   assert all(abs(n - expected) < 4.5 * spread for n in chosen.values())
 
 
+def test_what_a_unit_uses_most_counts():
+  counts = word_counts.WordCounts(3, keys.fixed_seed(0))
+  rare = [f"rare{i}" for i in range(40)]
+  for number in range(50):
+    counts.add(f"unit {number}", ["the", *rare, "of"])
+    counts.add(f"unit {number}", ["of", "the"])
+  found = counts.counts()
+  assert found.pop("the") == found.pop("of") == 50
+  assert sum(found.values()) == 50
+  assert max(found.values()) < 15
+
+
+def test_memory_of_a_unit_is_bounded():
+  counts = word_counts.WordCounts(2, keys.fixed_seed(0))
+  for number in range(500):
+    counts.add("loud", ["the", *(f"w{number}.{i}" for i in range(20))])
+  (held,) = counts._held.values()
+  assert len(held) <= 2 * 64
+  assert "the" in counts.counts()
+  assert len(counts.counts()) == 2
+
+
 def test_a_unit_with_most_of_the_text_counts_for_one():
   counts = word_counts.WordCounts(4, keys.fixed_seed(0))
   for number in range(2000):
