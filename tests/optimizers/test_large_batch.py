@@ -195,3 +195,25 @@ def test_decay_behind_an_optimizer_is_sgds_own(rate, everything):
   ours = weight_decay.with_decay(sgd.sgd(rate), rate, 0.5, everything)
   theirs = sgd.sgd(rate, 0.9, False, 0.5, everything)
   close(run(ours), run(theirs))
+
+
+def test_lamb_takes_noise_off_before_it_measures_steps():
+  s = 0.7
+  plain = lamb.lamb(0.02, 0.0, 0.9, weight_decay=0.0)
+  aware = lamb.lamb(
+    0.02, 0.0, 0.9, weight_decay=0.0, correct_noise=True, noise_floor=0.1
+  )
+  params = {"kernel": jnp.asarray(START["kernel"], jnp.float32)}
+  g = {"kernel": jnp.array([[3.0, 0.1], [0.7, 2.0], [0.0, 1.0]])}
+  got, _ = aware.update(g, aware.init(params), params, noise_variance=s * s)
+  step = g["kernel"] / np.sqrt(
+    np.maximum(g["kernel"] ** 2 - s * s, 0.1 * s * s)
+  )
+  ratio = np.linalg.norm(params["kernel"]) / np.linalg.norm(step)
+  np.testing.assert_allclose(got["kernel"], -0.02 * ratio * step, rtol=1e-4)
+  close(
+    aware.update(g, aware.init(params), params, noise_variance=0.0)[0],
+    plain.update(g, plain.init(params), params)[0],
+  )
+  with pytest.raises(ValueError, match="given no noise_variance"):
+    aware.update(g, aware.init(params), params)
