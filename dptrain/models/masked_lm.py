@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from dptrain.models import axes
 from dptrain.models import bert as bert_lib
+from dptrain.models import losses as losses_lib
 
 Params = dict[str, Any]
 Batch = Mapping[str, jax.Array]
@@ -29,9 +30,19 @@ class MaskedLanguageModel:
 
   Attributes:
     bert: the encoder and its masked-token head.
+    loss: of one masked token, see `dptrain.models.losses`. What evaluation
+      reads is plain cross-entropy and accuracy, whatever the loss.
   """
 
   bert: bert_lib.Bert
+  loss: losses_lib.PositionLoss = losses_lib.CrossEntropy()  # noqa: RUF009
+
+  def __post_init__(self) -> None:
+    if not callable(self.loss):
+      raise ValueError(
+        f"MaskedLanguageModel.loss={self.loss!r} must be a loss, such as"
+        " losses.CrossEntropy(); in gin, @losses.CrossEntropy()"
+      )
 
   def init(self, key: jax.Array) -> Params:
     """Draws fresh parameters.
@@ -54,7 +65,7 @@ class MaskedLanguageModel:
   def losses(
     self, params: Params, batch: Batch, keys: jax.Array | None = None
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Computes each example's mean cross-entropy over its masked tokens.
+    """Computes each example's mean loss over its masked tokens.
 
     Entry i of every result depends on `params`, row i of `batch` and
     ``keys[i]`` only.
@@ -81,10 +92,13 @@ class MaskedLanguageModel:
     hits = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
 
     loss_sum = -jnp.sum(weights * picked, axis=-1)
+    trained_sum = loss_sum
+    if self.loss != losses_lib.CrossEntropy():
+      trained_sum = jnp.sum(weights * self.loss(logits, labels), axis=-1)
     masked = jnp.sum(weights, axis=-1)
     # The inner where keeps 0 / 0 out of the gradient too.
     losses = jnp.where(
-      masked > 0, loss_sum / jnp.where(masked > 0, masked, 1.0), 0.0
+      masked > 0, trained_sum / jnp.where(masked > 0, masked, 1.0), 0.0
     )
     aux = {
       "loss_sum": loss_sum,

@@ -5,6 +5,7 @@ import jax
 import pytest
 
 from dptrain.models import bert
+from dptrain.models import losses
 from dptrain.models import masked_lm
 import gin
 
@@ -25,11 +26,12 @@ def _clean_gin():
   gin.clear_config()
 
 
-def load(name, vocabulary=30522):
+def load(name, vocabulary=30522, bindings=()):
   gin.parse_config_files_and_bindings(
     [str(GIN / f"bert_{name}.gin")],
     [
       f"VOCABULARY_SIZE = {vocabulary}",
+      *bindings,
     ],
   )
   return gin.get_configurable(masked_lm.MaskedLanguageModel)()
@@ -80,3 +82,15 @@ def test_the_tiny_model_trains_one_step():
   batch = {"inputs": ones, "positions": ones, "labels": ones, "weights": ones}
   grads = jax.jit(jax.grad(lambda p: model.losses(p, batch)[0].sum()))(params)
   assert grads["output_bias"]["bias"].shape == (100,)
+
+
+def test_a_loss_is_bound_as_the_documentation_says():
+  assert load("tiny").loss == losses.CrossEntropy()
+  gin.clear_config()
+  told = (GIN.parents[1] / "docs" / "losses.md").read_text()
+  (bindings,) = re.findall(r"```\n(from __gin__ .*?)```", told, re.DOTALL)
+  lines = [line for line in bindings.splitlines() if "include" not in line]
+  model = load("tiny", bindings=[line for line in lines if line])
+  assert model.loss == losses.MinimumEntropy(
+    losses.BiTempered(t1=0.8, t2=1.2), weight=0.1
+  )

@@ -1,5 +1,7 @@
 """Evaluation: what counts, the constant guess, and masks that never change."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import small_run
 
 from dptrain.data import masking
 from dptrain.data import store as store_lib
+from dptrain.models import losses
 from dptrain.training import evaluation
 from dptrain.training import objective as objective_lib
 
@@ -58,6 +61,22 @@ def test_batches_and_padding_change_nothing():
     assert found.num_tokens == expected.num_tokens
     assert found.baseline_accuracy == expected.baseline_accuracy
     assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+
+
+def test_whatever_is_trained_cross_entropy_is_told():
+  store = small_run.store(10)
+  plain, params = evaluator(store)
+  objective = objective_lib.Objective(
+    dataclasses.replace(
+      small_run.model(),
+      loss=losses.MinimumEntropy(losses.BiTempered(0.5, 1.5), 0.3),
+    ),
+    masking.MaskingSettings(mask_rate=0.15),
+  )
+  other = evaluation.Evaluator(
+    objective, store, evaluation.EvaluationSettings()
+  )
+  assert other.evaluate(params) == plain.evaluate(params)
 
 
 def test_masks_are_fixed():
