@@ -121,6 +121,8 @@ FAULTS = {
     "      noise_multiplier=release.noise_multiplier,\n"
     "      expected_batch_size=float(self.plan.expected_batch_size(step)),\n"
     "      unit_noise=self._correlated(step),\n"
+    "      unit_noise_stddev=self._noise_stddev(step),\n"
+    "      public_gradient=public_gradient,\n"
     "    )\n",
     "    params, opt_state, statistics = self.finish(\n"
     '      state["params"],\n'
@@ -130,6 +132,8 @@ FAULTS = {
     "      noise_multiplier=release.noise_multiplier,\n"
     "      expected_batch_size=float(self.plan.expected_batch_size(step)),\n"
     "      unit_noise=self._correlated(step),\n"
+    "      unit_noise_stddev=self._noise_stddev(step),\n"
+    "      public_gradient=public_gradient,\n"
     "    )\n"
     "    self.ledger.record(self.branch.name, step, release)\n",
     "training/test_release_path.py::test_the_ledger_is_written_before_the"

@@ -83,7 +83,11 @@ def test_the_copies_are_what_tfds_reads(data_dir):
 
 
 def test_wikipedia_is_divided_by_its_titles(data_dir):
-  arguments = {"document_feature": "title", "validation_fraction": 0.25}
+  arguments = {
+    "document_feature": "title",
+    "split_by": "document",
+    "validation_fraction": 0.25,
+  }
   task = tfds_text.register(WIKIPEDIA, data_dir=str(data_dir), **arguments)
   assert re.fullmatch(r"dptrain_tfds_[0-9a-f]{10}", task)
   # The newest version is found.
