@@ -27,6 +27,9 @@ _NO_MACRO = re.compile(r"No bindings specified for '(.+)/gin\.macro'")
 _NO_VALUE = re.compile(
   r"missing \d+ required .*?arguments?: (.+?)( No values supplied by Gin.*)?$"
 )
+_INCLUDE = re.compile(r"include\s+['\"](.+?)['\"]")
+_CHOICE = re.compile(r"(\w+)\s*=\s*@([\w.]+)\s*\(")
+_Binding = tuple[str, str, str]  # scope, configurable, argument
 _CALLER = re.compile(r"\n\s*In call to configurable '(\S+)' .*")
 
 
@@ -90,7 +93,7 @@ def training_run(
       f"a gin file or binding does not parse: {error.args[0]}."
     ) from error
   run = _build()
-  _check_all_used()
+  _check_all_used(_superseded(files, folders))
   return run
 
 
@@ -138,8 +141,57 @@ def _quoted(binding: str) -> str:
   return binding
 
 
-def _check_all_used() -> None:
-  """Refuses bindings that nothing read: a misspelt macro changes nothing."""
+def _superseded(files: Sequence[str], folders: Sequence[str]) -> set[str]:
+  """What macros were bound to (OPTIMIZER = @adamw.adamw()) until rebound."""
+  bound: dict[str, list[str]] = {}
+
+  def read(file: str) -> None:
+    for line in pathlib.Path(file).read_text(encoding="utf-8").splitlines():
+      if found := _INCLUDE.match(line):
+        read(_found(found[1], folders))
+      elif found := _CHOICE.match(line):
+        bound.setdefault(found[1], []).append(found[2])
+
+  for file in files:
+    read(file)
+  return {
+    target
+    for targets in bound.values()
+    for target in targets[:-1]
+    if target != targets[-1]
+  }
+
+
+def _of_superseded(
+  unused: Sequence[_Binding], targets: set[str]
+) -> set[_Binding]:
+  """Those of the unused bindings that only what was superseded would read."""
+  excused = {
+    each
+    for each in unused
+    if any(each[1] == t or each[1].endswith(f".{t}") for t in targets)
+  }
+  while True:
+    values = [
+      gin.config._CONFIG[scope, name][arg] for scope, name, arg in excused
+    ]
+    read = {
+      (ref.scoped_selector.rpartition("/")[0], ref.selector)
+      for ref in gin.config.iterate_references({"": values})
+    }
+    more = {each for each in unused if each[:2] in read} - excused
+    if not more:
+      return excused
+    excused |= more
+
+
+def _check_all_used(superseded: set[str]) -> None:
+  """Refuses bindings that nothing read: a misspelt macro changes nothing.
+
+  Args:
+    superseded: configurables that another file has replaced; what is bound for
+      them may stay unread.
+  """
   # What was read is kept under the scope of the reader, macros' names included.
   used: dict[tuple[str, str], set[str]] = {}
   for (scope, selector), arguments in gin.config._OPERATIVE_CONFIG.items():
@@ -147,13 +199,17 @@ def _check_all_used() -> None:
     for length in range(len(parts) + 1):
       key = "/".join(parts[:length]), selector
       used.setdefault(key, set()).update(arguments)
-  unused = []
-  for (scope, selector), arguments in gin.config._CONFIG.items():
-    left = sorted(set(arguments) - used.get((scope, selector), set()))
-    if selector == "gin.macro":
-      unused += [scope] if left else []
-    else:
-      unused += [f"{scope}/{selector}.{name}".lstrip("/") for name in left]
+  left = [
+    (scope, selector, name)
+    for (scope, selector), arguments in gin.config._CONFIG.items()
+    for name in set(arguments) - used.get((scope, selector), set())
+  ]
+  unused = [
+    scope
+    if selector == "gin.macro"
+    else f"{scope}/{selector}.{name}".lstrip("/")
+    for scope, selector, name in set(left) - _of_superseded(left, superseded)
+  ]
   if unused:
     raise ValueError(
       f"unused gin bindings: {', '.join(sorted(unused))}. Nothing in this"
