@@ -3,7 +3,8 @@
 While a model is surveyed, a stand-in takes the place of each layer's output: an
 operation of its own, whose operands are the layer's input and its weight. A
 weight whose only way into the program is through such stand-ins is used by
-these layers and by nothing else. Differentiating a stand-in shows as well: the
+these layers and by nothing else. (What reads it behind `stop_gradient` adds
+nothing to its gradient, and may.) Differentiating a stand-in shows as well: the
 derivative of a layer with respect to its input is another use of the weight.
 """
 
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 from jax.extend.core import Primitive
+from jax.extend.core.primitives import stop_gradient_p
 from jax.interpreters import ad
 from jax.interpreters import batching
 import jax.numpy as jnp
@@ -103,7 +105,8 @@ def meetings(
   """Counts how often a value meets what is expected.
 
   In a scan, the value must be cut along the steps: what all steps share would
-  get the sum of their gradients.
+  get the sum of their gradients. What is cut off by `stop_gradient` has no
+  gradient to sum, and does not count.
 
   Args:
     jaxpr: the program.
@@ -119,7 +122,7 @@ def meetings(
   total = 0
   for eqn in jaxpr.eqns:
     places = [i for i, v in enumerate(eqn.invars) if v is var]
-    if not places:
+    if not places or eqn.primitive is stop_gradient_p:
       continue
     if expected(eqn, places):
       total += 1

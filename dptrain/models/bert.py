@@ -8,6 +8,8 @@ Stock layers keep the model open to anything that intercepts layers, such as
 per-example gradient norms computed without per-example gradients.
 """
 
+from collections.abc import Callable
+import math
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -20,14 +22,29 @@ PAD_ID = 0
 
 
 class OutputBias(nn.Module):
-  """Adds one learned number per vocabulary entry."""
+  """Adds one learned number per vocabulary entry.
 
-  @nn.compact
-  def __call__(self, logits: jax.Array) -> jax.Array:
-    """Returns [..., V] logits plus the bias [V]."""
+  Attributes:
+    size: V.
+  """
+
+  size: int
+
+  def setup(self) -> None:
+    """Makes the parameter."""
     init = encoder_layer.named_bias("vocab")
-    bias: jax.Array = self.param("bias", init, (logits.shape[-1],), jnp.float32)
+    self.bias = self.param("bias", init, (self.size,), jnp.float32)
+
+  def __call__(
+    self, logits: jax.Array, ids: jax.Array | None = None
+  ) -> jax.Array:
+    """Returns logits plus the bias: [..., V], or [..., K] of the ids given."""
+    bias = self.bias if ids is None else jnp.asarray(self.bias)[ids]
     return logits + bias
+
+
+# From hidden states [B, M, D], the token table and the output bias to anything.
+ReadOut = Callable[[jax.Array, nn.Embed, OutputBias], Any]
 
 
 class Bert(nn.Module):
@@ -64,6 +81,11 @@ class Bert(nn.Module):
       on it; 1e-6 caps the factor at 1e3.
     dtype: of activations, "float32" or "bfloat16". Softmax, LayerNorm
       statistics, the tied output product and logits are float32 in both.
+    logit_scale: None makes logits of inner products of hidden states and token
+      embeddings; a number, of their cosines times this inverse temperature.
+      Trained with `sampled_softmax` it is cheap; trained with all logits, every
+      example gets a copy of the table, for the table's lengths are a use of it
+      that no tap covers.
     scan_layers: stack the layers' parameters and loop over them, which keeps
       compile time flat in depth.
     remat: recompute each layer in the backward pass instead of storing its
@@ -81,6 +103,7 @@ class Bert(nn.Module):
   layer_norm: Literal["pre", "post"] = "pre"
   layer_norm_epsilon: float = 1e-6
   dtype: Any = "float32"
+  logit_scale: float | None = None
   scan_layers: bool = False
   remat: bool = False
 
@@ -110,6 +133,12 @@ class Bert(nn.Module):
         f"Bert.dtype={self.dtype!r} must be 'float32' or 'bfloat16'; float16"
         " would need loss scaling"
       )
+    scale = self.logit_scale
+    if scale is not None and not 0.0 < scale < math.inf:
+      raise ValueError(
+        f"Bert.logit_scale={scale} must be positive and finite, such as 16, or"
+        " None for inner products"
+      )
     super().__post_init__()
 
   @nn.compact
@@ -119,7 +148,8 @@ class Bert(nn.Module):
     positions: jax.Array,
     *,
     deterministic: bool = True,
-  ) -> jax.Array:
+    read_out: ReadOut | None = None,
+  ) -> Any:
     """Scores the vocabulary at the masked positions.
 
     Args:
@@ -128,9 +158,10 @@ class Bert(nn.Module):
         slots may hold any valid index.
       deterministic: switches dropout off; otherwise `apply` wants a "dropout"
         key.
+      read_out: what is made of the hidden states; None: all logits.
 
     Returns:
-      [B, M, V] float32 logits.
+      [B, M, V] float32 logits, or what `read_out` returns.
 
     Raises:
       ValueError: if T exceeds `max_length`.
@@ -164,8 +195,13 @@ class Bert(nn.Module):
     x = encoder_layer.layer_norm(
       "head_norm", self.layer_norm_epsilon, jnp.float32
     )(x)
-    logits: jax.Array = OutputBias(name="output_bias")(tokens.attend(x))
-    return logits
+    bias = OutputBias(self.vocab_size, name="output_bias")
+    if read_out is not None:
+      return read_out(x, tokens, bias)
+    if self.logit_scale is None:
+      return bias(tokens.attend(x))
+    cosines = unit(x) @ unit(tokens.embedding).T
+    return bias(self.logit_scale * cosines)
 
   def _embed(
     self, tokens: nn.Embed, inputs: jax.Array, deterministic: bool
@@ -224,6 +260,12 @@ class Bert(nn.Module):
         "final_norm", self.layer_norm_epsilon, self.dtype
       )(x)
     return x
+
+
+def unit(x: jax.Array) -> jax.Array:
+  """Vectors [..., D] of length 1; those shorter than 1e-6 stay short."""
+  squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+  return x * jax.lax.rsqrt(jnp.maximum(squares, 1e-12))
 
 
 def _dtype_name(dtype: Any) -> str:

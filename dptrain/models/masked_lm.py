@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from dptrain.models import axes
 from dptrain.models import bert as bert_lib
 from dptrain.models import losses as losses_lib
+from dptrain.models import sampled_softmax
 
 Params = dict[str, Any]
 Batch = Mapping[str, jax.Array]
@@ -32,16 +33,35 @@ class MaskedLanguageModel:
     bert: the encoder and its masked-token head.
     loss: of one masked token, see `dptrain.models.losses`. What evaluation
       reads is plain cross-entropy and accuracy, whatever the loss.
+    sampling: None trains on the whole vocabulary; else on classes drawn from
+      it, which wants `Bert.logit_scale` and a loss that takes samples.
   """
 
   bert: bert_lib.Bert
-  loss: losses_lib.PositionLoss = losses_lib.CrossEntropy()  # noqa: RUF009
+  loss: losses_lib.PositionLoss = dataclasses.field(
+    default_factory=losses_lib.CrossEntropy
+  )
+  sampling: sampled_softmax.SampledSoftmax | None = None
 
   def __post_init__(self) -> None:
     if not callable(self.loss):
       raise ValueError(
         f"MaskedLanguageModel.loss={self.loss!r} must be a loss, such as"
         " losses.CrossEntropy(); in gin, @losses.CrossEntropy()"
+      )
+    if self.sampling is None:
+      return
+    if self.bert.logit_scale is None:
+      raise ValueError(
+        "MaskedLanguageModel.sampling is set but Bert.logit_scale=None: classes"
+        " are drawn by the cosines of hidden states and embeddings, so the"
+        " logits must be made of them; set Bert.logit_scale, such as 16"
+      )
+    if not self.loss.takes_samples:
+      raise ValueError(
+        f"MaskedLanguageModel.loss={self.loss!r} needs all classes, but"
+        " MaskedLanguageModel.sampling draws some; use CrossEntropy without"
+        " label_smoothing, or sampling=None"
       )
 
   def init(self, key: jax.Array) -> Params:
@@ -75,18 +95,26 @@ class MaskedLanguageModel:
       batch: `inputs` [B, T] int32 token ids, `positions` [B, M] int32 indices
         into T, `labels` [B, M] int32 token ids in [0, V), `weights` [B, M],
         1.0 at real predictions and 0.0 at unused slots.
-      keys: typed PRNG keys [B], one per example, for dropout; without dropout
-        they are not read. None switches dropout off, as evaluation wants it.
-        Use threefry keys: draws of "unsafe_rbg" change under vmap.
+      keys: typed PRNG keys [B], one per example, for dropout and sampled
+        classes; without either they are not read. None switches both off, as
+        evaluation wants it. Use threefry keys: draws of "unsafe_rbg" change
+        under vmap.
 
     Returns:
       [B] float32 losses, 0 where an example has no masked token, and a dict of
       [B] float32 arrays: `loss_sum` (cross-entropy summed over masked tokens),
-      `correct` (right predictions) and `masked` (sum of weights).
+      `correct` (right predictions) and `masked` (sum of weights). Under
+      sampling, cross-entropy is estimated, and a prediction is right if the
+      label beats all classes that were drawn.
     """
-    logits = self._logits(params, batch, keys)
-    log_probs = jax.nn.log_softmax(logits, axis=-1)
-    labels = batch["labels"]
+    labels, log_weights = batch["labels"], None
+    if self.sampling is None or keys is None:
+      logits = self._logits(params, batch, keys)
+      log_probs = jax.nn.log_softmax(logits, axis=-1)
+    else:
+      logits, log_weights = self._sampled(params, batch, keys, self.sampling)
+      log_probs = jax.nn.log_softmax(logits + log_weights, axis=-1)
+      labels = jnp.zeros_like(labels)
     picked = jnp.take_along_axis(log_probs, labels[..., None], axis=-1)[..., 0]
     weights = batch["weights"].astype(jnp.float32)
     hits = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
@@ -94,7 +122,8 @@ class MaskedLanguageModel:
     loss_sum = -jnp.sum(weights * picked, axis=-1)
     trained_sum = loss_sum
     if self.loss != losses_lib.CrossEntropy():
-      trained_sum = jnp.sum(weights * self.loss(logits, labels), axis=-1)
+      found = self.loss(logits, labels, log_weights)
+      trained_sum = jnp.sum(weights * found, axis=-1)
     masked = jnp.sum(weights, axis=-1)
     # The inner where keeps 0 / 0 out of the gradient too.
     losses = jnp.where(
@@ -152,10 +181,45 @@ class MaskedLanguageModel:
       )
       return jnp.asarray(logits)[0]
 
-    if inputs.shape[0] == 1:
-      # Not under vmap, which would hide the layers from per-example clipping.
-      return one(inputs[0], positions[0], keys[0])[None]
-    return jax.vmap(one)(inputs, positions, keys)
+    return _each(one, inputs, positions, keys)
+
+  def _sampled(
+    self,
+    params: Params,
+    batch: Batch,
+    keys: jax.Array,
+    sampling: sampled_softmax.SampledSoftmax,
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns logits and log weights [B, M, 1 + K], the label's first."""
+
+    def one(
+      inputs: jax.Array, positions: jax.Array, labels: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+      dropout, draws = jax.random.split(key)
+      found = self.bert.apply(
+        {"params": params},
+        inputs[None],
+        positions[None],
+        deterministic=self.bert.dropout_rate == 0.0,
+        rngs={"dropout": dropout},
+        read_out=sampling.read_out(
+          labels[None], draws, self.bert.logit_scale or 1.0
+        ),
+      )
+      logits, log_weights = jax.tree.map(lambda x: x[0], found)
+      return logits, log_weights
+
+    rows = batch["inputs"], batch["positions"], batch["labels"]
+    logits, log_weights = _each(one, *rows, keys)
+    return logits, log_weights
+
+
+def _each(one: Any, *rows: jax.Array) -> Any:
+  """Results of `one` for each of B rows, in front of each a dimension B."""
+  if rows[0].shape[0] == 1:
+    # Not under vmap, which would hide the layers from per-example clipping.
+    return jax.tree.map(lambda x: x[None], one(*(row[0] for row in rows)))
+  return jax.vmap(one)(*rows)
 
 
 def num_parameters(params: Any) -> int:

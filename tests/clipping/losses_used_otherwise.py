@@ -109,6 +109,21 @@ def custom_vjp_on_the_weight():
 
 
 @case(0)
+def straight_through_rounding():
+  """What is cut off is no use; what stands beside it is."""
+  losses, params, x = of_model(NnJit)
+
+  def rounded(w):
+    return w + jax.lax.stop_gradient(jnp.round(4 * w) / 4 - w)
+
+  return (
+    lambda p, b, k: losses(jax.tree.map(rounded, p), b, k),
+    params,
+    x,
+  )
+
+
+@case(0)
 def scaled_parameters():
   losses, params, x = of_model(SharedTwice)
   return (

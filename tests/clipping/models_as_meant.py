@@ -183,6 +183,20 @@ class SharedInputBehindStopGradient(nn.Module):
 
 
 @case(2)
+class TableReadWithoutGradient(nn.Module):
+  """Which rows are looked up, and what with, follows from the whole table."""
+
+  of_ids = True
+
+  @nn.compact
+  def __call__(self, x):
+    embed = nn.Embed(V, D)
+    y, seen = embed(x), jax.lax.stop_gradient(embed.embedding)
+    far = jnp.argmin(jax.lax.stop_gradient(y) @ seen.T, axis=-1)
+    return embed(far) * jnp.tanh(y @ seen.T @ seen)
+
+
+@case(2)
 class SharedInputInsideAScan(nn.Module):
   """One input, met in every step of a scan and again outside."""
 

@@ -4,11 +4,15 @@ What gin and the command line refuse is in tests/test_configuration.py; what
 text files may not hold in tests/test_cli.py.
 """
 
+import dataclasses
+
 import pytest
 import small_run
 
 from dptrain import cli
 from dptrain import configuration
+from dptrain.models import masked_lm
+from dptrain.models import sampled_softmax
 from dptrain.training import records as records_lib
 
 
@@ -147,3 +151,15 @@ def test_all_checkpoints_damaged(copy, monkeypatch, capsys):
   *told, last = capsys.readouterr().err.splitlines()
   assert len(told) == 3
   assert last.startswith("dptrain: error: none of the 3 checkpoints in ")
+
+
+def test_classes_are_not_drawn_by_two_programs(tmp_path):
+  model = masked_lm.MaskedLanguageModel(
+    small_run.model(logit_scale=8.0).bert,
+    sampling=sampled_softmax.SampledSoftmax(5),
+  )
+  run = dataclasses.replace(small_run.make_run(tmp_path), model=model)
+  with pytest.raises(
+    ValueError, match=r"clipping_method='two_pass' .*sampling"
+  ):
+    dataclasses.replace(run, clipping_method="two_pass")
