@@ -7,10 +7,15 @@ import pytest
 
 from dptrain.optimizers import adamw
 from dptrain.optimizers import sgd
+from dptrain.optimizers import shampoo
 import gin
 
 GIN = pathlib.Path(__file__).parents[2] / "gin"
-FACTORIES = {"adamw": adamw.adamw, "sgd": sgd.sgd}
+FACTORIES = {
+  "adamw": adamw.adamw,
+  "sgd": sgd.sgd,
+  "shampoo": shampoo.shampoo,
+}
 MACROS = [
   "LEARNING_RATE = 0.2",
   "WARMUP_STEPS = 1",
