@@ -40,6 +40,9 @@ class RootSettings:
       eigenvalue; it bounds the condition number by 1 / ridge.
     max_error: a root whose `root_error` exceeds this has failed.
     max_iterations: of Newton's iteration.
+    keep: share of a matrix's smallest eigenvalue that `subtract` must leave.
+      Where all of it may go, the direction that is estimated worst gets the
+      largest root, 1 / ridge^(1/p): docs/optimizers.md has measurements.
   """
 
   method: Literal["auto", "newton", "eigh"] = "auto"
@@ -47,6 +50,7 @@ class RootSettings:
   ridge: float = 1e-6
   max_error: float = 0.05
   max_iterations: int = 100
+  keep: float = 0.05
 
   def __post_init__(self) -> None:
     if self.method not in ("auto", "newton", "eigh"):
@@ -71,6 +75,8 @@ class RootSettings:
       raise ValueError(
         f"RootSettings.max_iterations={self.max_iterations} must be 1 or more"
       )
+    if not 0.0 <= self.keep <= 1.0:
+      raise ValueError(f"RootSettings.keep={self.keep} must lie in [0, 1]")
 
   def chosen_method(self) -> str:
     """The method, with "auto" resolved for the devices in use."""
@@ -116,7 +122,8 @@ def inverse_roots(
     p: a whole number from 1 to 16.
     settings: how; None for the defaults.
     subtract: [N] what is taken off all eigenvalues of each matrix first, but
-      never more than its smallest one. Needs the eigendecomposition.
+      never more than 1 - `keep` of its smallest one. Needs the
+      eigendecomposition.
 
   Returns:
     Roots and their errors.
@@ -127,6 +134,8 @@ def inverse_roots(
   settings = settings or RootSettings()
   check_order("p", p)
   method = settings.chosen_method()
+  if subtract is not None and settings.method == "auto":
+    method = "eigh"
   if subtract is not None and method != "eigh":
     raise ValueError(
       f"RootSettings.method={settings.method!r} knows no eigenvalues, which"
@@ -138,7 +147,7 @@ def inverse_roots(
     exact = (exact + jnp.swapaxes(exact, -1, -2)) / 2
     work = _cast(exact, jnp.dtype(settings.arithmetic))
     if method == "eigh":
-      roots, added = _by_eigh(work, p, settings.ridge, subtract)
+      roots, added = _by_eigh(work, p, settings, subtract)
     else:
       roots, added = _by_newton(work, p, settings)
     roots = _cast(roots, dtype)
@@ -203,16 +212,20 @@ def largest_eigenvalue(matrices: jax.Array) -> jax.Array:
 
 
 def _by_eigh(
-  a: jax.Array, p: int, ridge: float, subtract: jax.Array | None
+  a: jax.Array,
+  p: int,
+  settings: RootSettings,
+  subtract: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
   """Roots [N, b, b] and what was added to the eigenvalues [N]."""
   values, vectors = jnp.linalg.eigh(a)
   # Rounding may leave eigenvalues just below 0.
   taken = jnp.zeros_like(values[:, 0])
   if subtract is not None:
-    taken = jnp.clip(_cast(subtract, a.dtype), 0.0, _at_least_0(values[:, 0]))
+    most = (1.0 - settings.keep) * _at_least_0(values[:, 0])
+    taken = jnp.clip(_cast(subtract, a.dtype), 0.0, most)
   values = _at_least_0(values - taken[:, None])
-  added = ridge * values[:, -1]
+  added = settings.ridge * values[:, -1]
   scaled = vectors * (values + added[:, None])[:, None, :] ** (-1.0 / p)
   roots = _product(scaled, jnp.swapaxes(vectors, -1, -2))
   return roots, added - taken

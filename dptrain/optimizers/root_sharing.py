@@ -35,25 +35,26 @@ def shared(
   if used.empty or used.size == 1 or _inside_a_shard_map():
     return function(*stacks)
   rows = stacks[0].shape[0]
-  padding = -rows % used.size
-  padded = [
-    jnp.concatenate([x, jnp.repeat(x[-1:], padding, axis=0)]) if padding else x
-    for x in stacks
-  ]
+  size = -(-rows // used.size)
   axes = used.axis_names
 
-  def share(*own: jax.Array) -> Any:
+  def share(*whole: jax.Array) -> Any:
+    # Stacks come in whole and are cut here: were they cut by the mesh, jax
+    # would let their sharding spread to what surrounds this.
+    first = jax.lax.axis_index(axes) * size
+    own = jnp.minimum(first + jnp.arange(size), rows - 1)
     return jax.tree.map(
-      lambda x: jax.lax.all_gather(x, axes, tiled=True), function(*own)
+      lambda x: jax.lax.all_gather(x, axes, tiled=True),
+      function(*(x[own] for x in whole)),
     )
 
   found = jax.shard_map(
     share,
     mesh=used,
-    in_specs=PartitionSpec(axes),
+    in_specs=PartitionSpec(),
     out_specs=PartitionSpec(),
     check_vma=False,
-  )(*padded)
+  )(*stacks)
   return jax.tree.map(lambda x: x[:rows], found)
 
 

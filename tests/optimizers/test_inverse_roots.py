@@ -136,14 +136,17 @@ def test_the_ridge_is_relative_to_the_largest_eigenvalue(method):
   )
 
 
-def test_subtracts_no_more_than_the_smallest_eigenvalue():
+def test_subtracts_no_more_than_the_smallest_eigenvalue_allows():
   a = jnp.asarray([np.diag([5.0, 3.0, 2.0])] * 2, jnp.float32)
   found = inverse_roots.inverse_roots(
-    a, 1, settings("eigh", ridge=0.5), subtract=jnp.asarray([1.0, 9.0])
+    a,
+    1,
+    settings("eigh", ridge=0.5, keep=0.25),
+    subtract=jnp.asarray([1.0, 9.0]),
   )
   np.testing.assert_allclose(
     np.diagonal(found.roots, axis1=1, axis2=2),
-    [[1 / 6, 1 / 4, 1 / 3], [1 / 4.5, 1 / 2.5, 1 / 1.5]],
+    [[1 / 6, 1 / 4, 1 / 3], [1 / 5.25, 1 / 3.25, 1 / 2.25]],
     rtol=1e-5,
   )
   assert (found.errors < 1e-5).all()
@@ -165,6 +168,7 @@ def test_newton_stops_where_it_is_told_and_the_error_says_so():
     ({"ridge": 0.0}, "ridge=0.0"),
     ({"max_error": 1.0}, "max_error=1.0"),
     ({"max_iterations": 0}, "max_iterations=0"),
+    ({"keep": 1.5}, "keep=1.5"),
   ],
 )
 def test_bad_root_settings_are_refused(bad, message):
