@@ -10,6 +10,7 @@ from dptrain.optimizers import lamb
 from dptrain.optimizers import lars
 from dptrain.optimizers import nesterov
 from dptrain.optimizers import sgd
+from dptrain.optimizers import shampoo
 from dptrain.optimizers import sm3
 from dptrain.optimizers import weight_decay
 import gin
@@ -23,6 +24,7 @@ FACTORIES = {
   "lars": lars.lars,
   "nesterov": nesterov.nesterov,
   "sgd": sgd.sgd,
+  "shampoo": shampoo.shampoo,
   "sm3": sm3.sm3,
 }
 # What decay alone takes off a weight in an update; others: 0.5 * rate.
