@@ -152,7 +152,7 @@ class PrivateState(NamedTuple):
   """What stands in the optimizer's place of a private train state.
 
   Attributes:
-    step_state: what `PrivateStep.init` and `finish` return.
+    step_state: what `PrivateStep.init` and `finish` return, `without_none`.
     branch: uint8 [32], digest of the ledger's branch; zeros before the first
       launch has opened one.
     ledger_head: uint8 [32], hash of the ledger's last line when this state was
@@ -172,9 +172,31 @@ def fresh_state(step_state: Any) -> PrivateState:
   Args:
     step_state: what `PrivateStep.init` returns.
   """
+  step_state = without_none(step_state)
   none = launch_lib.NO_DIGEST
   words = np.zeros(fingerprint.WORDS, np.uint32)
   return PrivateState(step_state, none.copy(), none.copy(), words)
+
+
+def without_none(tree: Any) -> Any:
+  """The tree with () where it has None, which t5x would look for on disk.
+
+  Args:
+    tree: any tree of arrays.
+  """
+  return jax.tree.map(
+    lambda x: () if x is None else x, tree, is_leaf=lambda x: x is None
+  )
+
+
+def with_none(tree: Any, like: Any) -> Any:
+  """Undoes `without_none`.
+
+  Args:
+    tree: what it returned.
+    like: a tree of the structure that it was given.
+  """
+  return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(tree))
 
 
 def private_state(train_state: Any) -> PrivateState:

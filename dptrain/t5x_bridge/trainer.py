@@ -347,11 +347,15 @@ class _Programs:
     self.finish = _compiled(self.finish, state, sums, update)
 
   def _zeros(self, state: Any) -> step_lib.Accumulator:
+    params = core.unfreeze(state.params)
     return self._step.zeros(
-      core.unfreeze(state.params),
-      self._launch.prepared.batch,
-      state.param_states.step_state,
+      params, self._launch.prepared.batch, self._step_state(params, state)
     )
+
+  def _step_state(self, params: Any, state: Any) -> Any:
+    """What the private step keeps, as it was returned."""
+    like = jax.eval_shape(self._step.init, params)
+    return optimizers.with_none(state.param_states.step_state, like)
 
   def _accumulate(
     self, state: Any, accumulator: Any, batch: Any, words: Any
@@ -363,16 +367,17 @@ class _Programs:
   def _finish(
     self, state: Any, accumulator: step_lib.Accumulator, update: _Update
   ) -> tuple[Any, dict[str, jax.Array]]:
+    params = core.unfreeze(state.params)
     params, step_state, statistics = self._step.finish(
-      core.unfreeze(state.params),
-      state.param_states.step_state,
+      params,
+      self._step_state(params, state),
       accumulator,
       noise_key=_typed(update.noise_words),
       noise_multiplier=update.noise_multiplier,
       expected_batch_size=update.expected_batch_size,
     )
     slot = state.param_states._replace(
-      step_state=step_state,
+      step_state=optimizers.without_none(step_state),
       branch=update.branch,
       ledger_head=update.ledger_head,
     )

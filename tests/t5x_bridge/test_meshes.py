@@ -41,7 +41,7 @@ def test_eight_devices(one_device, begun, tmp_path):
   assert not small_run.ledger_lines(tmp_path / "refused", "release")
 
   split = re.findall(r"state \d: (\d+) arrays split", told)
-  assert [int(number) > 0 for number in split] == [True] * 3
+  assert [int(number) > 0 for number in split] == [True] * 5
 
 
 def test_two_processes(one_device, copy):
