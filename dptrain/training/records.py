@@ -80,6 +80,7 @@ def read_records(
   vocabulary = _vocabulary(run, directory, started)
   run.model.check(run.sequence_length, vocabulary.size)
   public = _public_store(run, vocabulary)
+  release = private_vocabulary.read_release(directory / VOCABULARY_FILE)
   return Records(
     train=_read_store(run, vocabulary, run.task, run.train_split),
     validation=_read_store(run, vocabulary, run.task, run.validation_split)
@@ -88,9 +89,8 @@ def read_records(
     public=public,
     vocabulary_size=vocabulary.size,
     vocabulary_fingerprint=vocabulary.fingerprint,
-    vocabulary_release=private_vocabulary.read_release(
-      directory / VOCABULARY_FILE
-    ),
+    unprotected=_counted_elsewhere(release, run.task, run.train_split),
+    vocabulary_release=release,
   )
 
 
@@ -170,15 +170,42 @@ def _prepared_records(
   }
   for store in stores.values():
     store.check()
+  release = private_vocabulary.read_release(directory / VOCABULARY_FILE)
   return Records(
     public=_public_store(run, vocabulary),
     train=stores[run.train_split],
     validation=stores[run.validation_split] if run.validation_split else None,
     vocabulary_size=vocabulary.size,
     vocabulary_fingerprint=vocabulary.fingerprint,
-    vocabulary_release=private_vocabulary.read_release(
-      directory / VOCABULARY_FILE
-    ),
+    unprotected=_counted_elsewhere(release, manifest["task"], run.train_split),
+    vocabulary_release=release,
+  )
+
+
+def _counted_elsewhere(
+  release: private_vocabulary.VocabularyRelease | None, task: str, split: str
+) -> tuple[str, ...]:
+  """What to tell where a vocabulary's units may not be those of the run.
+
+  A task says what one document or user is. Words counted by line, say, protect
+  no file, though both are called documents: one file moves many counts.
+
+  Args:
+    release: of the vocabulary.
+    task: that the run's records come from.
+    split: likewise.
+  """
+  if release is None or (release.task, release.split) in (
+    (task, split),
+    ("", ""),
+  ):
+    return ()
+  return (
+    f"The vocabulary's words were counted by {release.unit} of"
+    f" {release.task!r} (split {release.split!r}), but this run trains on"
+    f" {task!r} (split {split!r}): where the two tell {release.unit}s apart in"
+    " other ways, the vocabulary protects those of the former only. One that"
+    " `dptrain vocab` learns under this run's settings leaves no such doubt.",
   )
 
 
