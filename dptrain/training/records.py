@@ -97,8 +97,10 @@ def read_records(
 def check_records(run: run_lib.TrainingRun, records: Records) -> None:
   """Raises ValueError unless the records fit the run's settings."""
   run.model.check(run.sequence_length, records.vocabulary_size)
-  if run.public_data.name is not None and records.public is not None:
-    run.public_data.check_store(records.public)
+  if records.public is not None:
+    if run.public_data.name is not None:
+      run.public_data.check_store(records.public)
+    _check_public(run, records, records.public)
   for store in (records.train, records.validation, records.public):
     if store is None:
       continue
@@ -113,6 +115,28 @@ def check_records(run: run_lib.TrainingRun, records: Records) -> None:
       raise ValueError(
         f"the records hold token {wrong}, but their vocabulary has"
         f" {records.vocabulary_size} tokens."
+      )
+
+
+def _check_public(
+  run: run_lib.TrainingRun, records: Records, public: store_lib.Store
+) -> None:
+  """Refuses this run's own records as public ones: they would have no noise.
+
+  One task registered for both is a flag's slip away. Parts of a corpus, or its
+  text under other names, are not found: what is public is taken on trust.
+  """
+  content = public.content_digest()
+  for split, store in (
+    (run.train_split, records.train),
+    (run.validation_split, records.validation),
+  ):
+    if store is not None and store.content_digest() == content:
+      raise ValueError(
+        f"PublicData ({run.public_data.name!r}, split"
+        f" {run.public_data.split!r}) holds the very records of this run's own"
+        f" split {split!r}, which would enter the model without clipping and"
+        " noise: name a task or folder of public text."
       )
 
 
@@ -133,6 +157,13 @@ def _prepared_records(
     raise ValueError(
       f"{folder / VOCABULARY_FILE} is not the vocabulary that the records of"
       f" {folder} are written in: restore that file, or prepare again."
+    )
+  if run.vocabulary.declared_public and not manifest["vocabulary_given"]:
+    raise ValueError(
+      "VocabularySettings.declared_public=True, but the vocabulary of"
+      f" TrainingRun.prepared={name!r} was learned from its training split,"
+      " without noise: leave the declaration out, or prepare again with a"
+      " public vocabulary."
     )
   # A given vocabulary may have had a price, which only its own path tells.
   if manifest["vocabulary_given"] and run.vocabulary.path is None:

@@ -157,3 +157,13 @@ def test_a_public_corpus_too_small_is_refused_before_anything(tmp_path):
   with pytest.raises(ValueError, match="batch_size=41, but 'given' has 40"):
     train(tmp_path, dataclasses.replace(PUBLIC, batch_size=41))
   assert not (tmp_path / "privacy_ledger.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_the_runs_own_records_are_not_public(tmp_path, split):
+  records = small_run.records()
+  own = getattr(records, split)
+  run = small_run.make_run(tmp_path, public_data=PUBLIC)
+  with pytest.raises(ValueError, match=f"very records .* own split '{split}'"):
+    loop.train(run, records._replace(public=own))
+  assert not (tmp_path / "privacy_ledger.jsonl").read_bytes()
