@@ -236,7 +236,7 @@ def prepare(
       programs=lineage_lib.program_digest(
         step, params, jax.eval_shape(step.init, params), batch
       ),
-      public=public.described() if public is not None else None,
+      public=_described(run, public, params),
     ),
     environment=lineage_lib.environment(
       run.physical_batch_size,
@@ -244,6 +244,19 @@ def prepare(
       layout.described() if layout else "",
     ),
   )
+
+
+def _described(
+  run: run_lib.TrainingRun,
+  public: public_data_lib.PublicExamples | None,
+  params: Any,
+) -> dict[str, Any] | None:
+  """What decides the term of public records; None without."""
+  if public is None:
+    return None
+  batch = _batch_shapes(run, public.store.record_shape)
+  program = lineage_lib.public_program_digest(public.term, params, batch)
+  return {**public.described(), "program": program}
 
 
 def _batch_shapes(
