@@ -97,6 +97,17 @@ class Preparation(NamedTuple):
       places,
     )
 
+  def weights_digest(self) -> str:
+    """Names the weights to start from; empty for fresh ones.
+
+    Processes must have the same: which of them clips an example follows from
+    the whole sample, and so other parameters on one of them would let one
+    example move what others contribute.
+    """
+    if self.weights is None:
+      return ""
+    return checkpoints_lib.state_digest(self.weights)
+
   def state_like(self) -> dict[str, Any]:
     """Shapes of the state, with the places of its arrays."""
     shapes = self._shapes()

@@ -185,9 +185,7 @@ def test_a_vocabulary_of_the_private_text_is_not_public(folder, tmp_path):
   settings = vocabulary_lib.VocabularySettings(
     path=str(folder / "vocabulary.model"), declared_public=True
   )
-  run = small_run.make_run(
-    tmp_path, vocabulary=settings, prepared=str(folder)
-  )
+  run = small_run.make_run(tmp_path, vocabulary=settings, prepared=str(folder))
   with pytest.raises(ValueError, match="was learned from its training split"):
     records_lib.read_records(run, tmp_path, started=False)
 
