@@ -49,7 +49,8 @@ class SecretSeed:
 
   def digest(self, purpose: str, *context: str) -> bytes:
     """32 bytes that only holders of the seed can compute (HMAC-SHA256)."""
-    message = "\x1f".join((purpose, *context)).encode()
+    # A key of a unit may hold bytes that were no text.
+    message = "\x1f".join((purpose, *context)).encode(errors="surrogatepass")
     return hmac.new(self.value, message, hashlib.sha256).digest()
 
   def fingerprint(self, content: bytes) -> str:

@@ -75,6 +75,12 @@ class Launch:
         f"PrivacySettings.bands={run.privacy.bands}: under t5x the noise of"
         " earlier updates is not at hand; use bands=1, or `dptrain train`."
       )
+    if run.public_data.name is not None:
+      raise ValueError(
+        f"PublicData ({run.public_data.name!r}) takes no part under t5x, but"
+        " ledger and report would say that it did: leave it out, or use"
+        " `dptrain train`."
+      )
     self.run = run
     self.directory = pathlib.Path(run.model_dir).expanduser()
     self.directory.mkdir(parents=True, exist_ok=True)
@@ -86,8 +92,11 @@ class Launch:
         lambda: self._opened(records)
       )
       processes.check_equal(
-        "vocabulary, model, optimizer or code",
-        {"lineage": self.prepared.lineage},
+        "vocabulary, model, optimizer, initial weights or code",
+        {
+          "lineage": self.prepared.lineage,
+          "weights": self.prepared.weights_digest(),
+        },
       )
     except BaseException:
       self._stack.close()

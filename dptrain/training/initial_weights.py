@@ -87,7 +87,16 @@ def _read_run(path: pathlib.Path) -> dict[str, np.ndarray]:
       " MODEL_DIR with a checkpoint."
     )
   state = (folder / str(max(steps)) / "state").absolute()
-  with ocp.PyTreeCheckpointer() as reader:
+  # Processes read one after another: none may wait for the others here.
+  alone = ocp.options.MultiprocessingOptions(
+    primary_host=jax.process_index(),
+    active_processes={jax.process_index()},
+    barrier_sync_key_prefix=f"weights_{jax.process_index()}",
+  )
+  with ocp.Checkpointer(
+    ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
+    multiprocessing_options=alone,
+  ) as reader:
     tree = reader.metadata(state).item_metadata.tree
     plain = jax.tree.map(
       lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree

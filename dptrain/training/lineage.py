@@ -22,6 +22,7 @@ from typing import Any
 import jax
 
 import dptrain
+from dptrain.training import public_data
 from dptrain.training import step as step_lib
 
 _NUMERIC_FLAGS = (
@@ -123,19 +124,47 @@ def program_digest(
     64 hexadecimal digits; equal for equal programs, whatever the mesh or the
     physical batch size.
   """
-  one = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), batch
-  )
   step = dataclasses.replace(step, microbatch_size=None)
   with _constants_in_text():
-    return _digest("\n".join(_texts(step, params, opt_state, one)))
+    return _digest("\n".join(_texts(step, params, opt_state, _one(batch))))
+
+
+def public_program_digest(
+  term: public_data.PublicTerm, params: Any, batch: Any
+) -> str:
+  """As `program_digest`, of the term of public records.
+
+  Their rows lack what names a private example, so that a model may treat them
+  in ways which the private step's programs do not show.
+
+  Args:
+    term: the term.
+    params: parameters or their shapes.
+    batch: a physical batch of public records, or its shapes.
+  """
+  with _constants_in_text():
+    traced = jax.jit(term.accumulate).trace(
+      params, jax.eval_shape(term.zeros, params), _one(batch), _key_shape()
+    )
+    return _digest(traced.lower(lowering_platforms=("cpu",)).as_text())
+
+
+def _one(batch: Any) -> Any:
+  """Shapes of one row of a batch."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), batch
+  )
+
+
+def _key_shape() -> Any:
+  return jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
 
 
 def _texts(
   step: step_lib.PrivateStep, params: Any, opt_state: Any, one: Any
 ) -> list[str]:
   """The step's programs for a batch `one` of one row."""
-  key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
+  key = _key_shape()
   scalar = jax.ShapeDtypeStruct((), "float32")
   accumulator = jax.eval_shape(step.zeros, params, one, opt_state)
   accumulate = jax.jit(step.accumulate).trace(params, accumulator, one, key)

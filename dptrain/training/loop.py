@@ -80,7 +80,8 @@ def train(
 
     ledger, prepared = processes.in_turn(prepare)
     processes.check_equal(
-      "vocabulary, model, optimizer or code", {"lineage": prepared.lineage}
+      "vocabulary, model, optimizer, initial weights or code",
+      {"lineage": prepared.lineage, "weights": prepared.weights_digest()},
     )
     environments = processes.gathered(prepared.environment)
     prepared = prepared._replace(

@@ -97,6 +97,17 @@ class Preparation(NamedTuple):
       places,
     )
 
+  def weights_digest(self) -> str:
+    """Names the weights to start from; empty for fresh ones.
+
+    Processes must have the same: which of them clips an example follows from
+    the whole sample, and so other parameters on one of them would let one
+    example move what others contribute.
+    """
+    if self.weights is None:
+      return ""
+    return checkpoints_lib.state_digest(self.weights)
+
   def state_like(self) -> dict[str, Any]:
     """Shapes of the state, with the places of its arrays."""
     shapes = self._shapes()
@@ -236,7 +247,7 @@ def prepare(
       programs=lineage_lib.program_digest(
         step, params, jax.eval_shape(step.init, params), batch
       ),
-      public=public.described() if public is not None else None,
+      public=_described(run, public, params),
     ),
     environment=lineage_lib.environment(
       run.physical_batch_size,
@@ -244,6 +255,19 @@ def prepare(
       layout.described() if layout else "",
     ),
   )
+
+
+def _described(
+  run: run_lib.TrainingRun,
+  public: public_data_lib.PublicExamples | None,
+  params: Any,
+) -> dict[str, Any] | None:
+  """What decides the term of public records; None without."""
+  if public is None:
+    return None
+  batch = _batch_shapes(run, public.store.record_shape)
+  program = lineage_lib.public_program_digest(public.term, params, batch)
+  return {**public.described(), "program": program}
 
 
 def _batch_shapes(

@@ -80,6 +80,7 @@ def read_records(
   vocabulary = _vocabulary(run, directory, started)
   run.model.check(run.sequence_length, vocabulary.size)
   public = _public_store(run, vocabulary)
+  release = private_vocabulary.read_release(directory / VOCABULARY_FILE)
   return Records(
     train=_read_store(run, vocabulary, run.task, run.train_split),
     validation=_read_store(run, vocabulary, run.task, run.validation_split)
@@ -88,17 +89,18 @@ def read_records(
     public=public,
     vocabulary_size=vocabulary.size,
     vocabulary_fingerprint=vocabulary.fingerprint,
-    vocabulary_release=private_vocabulary.read_release(
-      directory / VOCABULARY_FILE
-    ),
+    unprotected=_counted_elsewhere(release, run.task, run.train_split),
+    vocabulary_release=release,
   )
 
 
 def check_records(run: run_lib.TrainingRun, records: Records) -> None:
   """Raises ValueError unless the records fit the run's settings."""
   run.model.check(run.sequence_length, records.vocabulary_size)
-  if run.public_data.name is not None and records.public is not None:
-    run.public_data.check_store(records.public)
+  if records.public is not None:
+    if run.public_data.name is not None:
+      run.public_data.check_store(records.public)
+    _check_public(run, records, records.public)
   for store in (records.train, records.validation, records.public):
     if store is None:
       continue
@@ -113,6 +115,28 @@ def check_records(run: run_lib.TrainingRun, records: Records) -> None:
       raise ValueError(
         f"the records hold token {wrong}, but their vocabulary has"
         f" {records.vocabulary_size} tokens."
+      )
+
+
+def _check_public(
+  run: run_lib.TrainingRun, records: Records, public: store_lib.Store
+) -> None:
+  """Refuses this run's own records as public ones: they would have no noise.
+
+  One task registered for both is a flag's slip away. Parts of a corpus, or its
+  text under other names, are not found: what is public is taken on trust.
+  """
+  content = public.content_digest()
+  for split, store in (
+    (run.train_split, records.train),
+    (run.validation_split, records.validation),
+  ):
+    if store is not None and store.content_digest() == content:
+      raise ValueError(
+        f"PublicData ({run.public_data.name!r}, split"
+        f" {run.public_data.split!r}) holds the very records of this run's own"
+        f" split {split!r}, which would enter the model without clipping and"
+        " noise: name a task or folder of public text."
       )
 
 
@@ -133,6 +157,13 @@ def _prepared_records(
     raise ValueError(
       f"{folder / VOCABULARY_FILE} is not the vocabulary that the records of"
       f" {folder} are written in: restore that file, or prepare again."
+    )
+  if run.vocabulary.declared_public and not manifest["vocabulary_given"]:
+    raise ValueError(
+      "VocabularySettings.declared_public=True, but the vocabulary of"
+      f" TrainingRun.prepared={name!r} was learned from its training split,"
+      " without noise: leave the declaration out, or prepare again with a"
+      " public vocabulary."
     )
   # A given vocabulary may have had a price, which only its own path tells.
   if manifest["vocabulary_given"] and run.vocabulary.path is None:
@@ -170,15 +201,42 @@ def _prepared_records(
   }
   for store in stores.values():
     store.check()
+  release = private_vocabulary.read_release(directory / VOCABULARY_FILE)
   return Records(
     public=_public_store(run, vocabulary),
     train=stores[run.train_split],
     validation=stores[run.validation_split] if run.validation_split else None,
     vocabulary_size=vocabulary.size,
     vocabulary_fingerprint=vocabulary.fingerprint,
-    vocabulary_release=private_vocabulary.read_release(
-      directory / VOCABULARY_FILE
-    ),
+    unprotected=_counted_elsewhere(release, manifest["task"], run.train_split),
+    vocabulary_release=release,
+  )
+
+
+def _counted_elsewhere(
+  release: private_vocabulary.VocabularyRelease | None, task: str, split: str
+) -> tuple[str, ...]:
+  """What to tell where a vocabulary's units may not be those of the run.
+
+  A task says what one document or user is. Words counted by line, say, protect
+  no file, though both are called documents: one file moves many counts.
+
+  Args:
+    release: of the vocabulary.
+    task: that the run's records come from.
+    split: likewise.
+  """
+  if release is None or (release.task, release.split) in (
+    (task, split),
+    ("", ""),
+  ):
+    return ()
+  return (
+    f"The vocabulary's words were counted by {release.unit} of"
+    f" {release.task!r} (split {release.split!r}), but this run trains on"
+    f" {task!r} (split {split!r}): where the two tell {release.unit}s apart in"
+    " other ways, the vocabulary protects those of the former only. One that"
+    " `dptrain vocab` learns under this run's settings leaves no such doubt.",
   )
 
 

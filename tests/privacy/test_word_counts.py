@@ -80,6 +80,13 @@ def test_words_are_chosen_evenly():
   assert all(abs(n - expected) < 4.5 * spread for n in chosen.values())
 
 
+def test_keys_that_were_no_text_are_units_of_their_own():
+  counts = word_counts.WordCounts(2, keys.fixed_seed(0))
+  for key in (b"a\xff", b"a\xfe", b"a\xff"):
+    counts.add(key.decode(errors="surrogateescape"), [" word"])
+  assert counts.counts() == {" word": 2}
+
+
 def test_what_a_unit_uses_most_counts():
   counts = word_counts.WordCounts(3, keys.fixed_seed(0))
   rare = [f"rare{i}" for i in range(40)]

@@ -16,8 +16,10 @@ import tensorflow as tf
 from dptrain.privacy import ledger as ledger_lib
 from dptrain.t5x_bridge import features
 from dptrain.t5x_bridge import installation
+from dptrain.t5x_bridge import launch as launch_lib
 from dptrain.t5x_bridge import models
 from dptrain.t5x_bridge import optimizers
+from dptrain.training import public_data
 
 
 def refused(directory, error, match, changes=None, **options):
@@ -37,6 +39,15 @@ def test_packing(tmp_path):
   refused(tmp_path, ValueError, "pack=True would join several", changes)
   with pytest.raises(ValueError, match="bind pack = False"):
     features.MaskedFeatures(pack=True)
+
+
+def test_public_records(tmp_path):
+  run = small_run.make_run(
+    tmp_path, public_data=public_data.PublicData(task="public")
+  )
+  with pytest.raises(ValueError, match="takes no part under t5x"):
+    launch_lib.Launch(run, small_run.records())
+  assert not list(tmp_path.iterdir())
 
 
 def test_another_batch_size(tmp_path):

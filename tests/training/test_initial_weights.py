@@ -9,6 +9,7 @@ from dptrain.privacy import ledger as ledger_lib
 from dptrain.reports import report
 from dptrain.training import initial_weights
 from dptrain.training import loop
+from dptrain.training import processes
 
 
 def weights(seed=1):
@@ -94,3 +95,17 @@ def test_what_is_no_weights_is_refused(tmp_path):
     train(tmp_path / "run", path=str(broken))
   with pytest.raises(ValueError, match="fresh parameters need no declaration"):
     initial_weights.InitialWeights(declared_public=True)
+
+
+def test_processes_compare_the_weights(tmp_path, monkeypatch):
+  told = []
+  monkeypatch.setattr(
+    processes, "check_equal", lambda _, parts: told.append(parts)
+  )
+  for seed in (1, 2):
+    path = written(tmp_path / f"{seed}.npz", weights(seed))
+    train(tmp_path / f"run_{seed}", path=path)
+  train(tmp_path / "fresh")
+  one, other, fresh = (t["weights"] for t in told if "weights" in t)
+  assert len({one, other, fresh}) == 3
+  assert not fresh

@@ -181,6 +181,15 @@ def test_other_lengths_sizes_and_vocabularies(folder, tmp_path):
     read(folder, tmp_path)
 
 
+def test_a_vocabulary_of_the_private_text_is_not_public(folder, tmp_path):
+  settings = vocabulary_lib.VocabularySettings(
+    path=str(folder / "vocabulary.model"), declared_public=True
+  )
+  run = small_run.make_run(tmp_path, vocabulary=settings, prepared=str(folder))
+  with pytest.raises(ValueError, match="was learned from its training split"):
+    records_lib.read_records(run, tmp_path, started=False)
+
+
 def test_a_given_vocabulary_is_named_again(folder, tmp_path):
   given, other = tmp_path / "given.model", tmp_path / "other"
   shutil.copyfile(folder / "vocabulary.model", given)

@@ -184,6 +184,34 @@ def test_what_processes_tell_each_other(tmp_path):
     assert "all told" in told
 
 
+def test_processes_read_weights_of_another_run_in_turn(begun, tmp_path):
+  program = tmp_path / "program.py"
+  program.write_text(
+    textwrap.dedent(
+      """
+      import sys
+      import jax
+      from dptrain.training import initial_weights
+      from dptrain.training import processes
+
+      address, count, index = [flag.partition("=")[2] for flag in sys.argv[2:]]
+      processes.start(address, int(count), int(index))
+      given = initial_weights.InitialWeights(path=sys.argv[1])
+      like = {
+        "mix": jax.ShapeDtypeStruct((16, 16), "float32"),
+        "positions": jax.ShapeDtypeStruct((16, 16), "float32"),
+        "tokens": jax.ShapeDtypeStruct((50, 16), "float32"),
+      }
+      print("read", sorted(processes.in_turn(lambda: given.load(like))))
+      """
+    )
+  )
+  commands = [[program, begun[0], *flags] for flags in together.flags(2)]
+  for status, told in together.ended(together.start(commands)):
+    assert status == 0, told
+    assert "read ['mix', 'positions', 'tokens']" in told
+
+
 def test_other_settings_are_refused_before_anything_is_written(tmp_path):
   each = [{}, {"physical_batch_size": 8, "period": 5}]
   directory = tmp_path / "new"

@@ -130,6 +130,31 @@ def test_another_term_is_another_branch(mixed, tmp_path, change):
   assert len(ledger_lib.read(copy).branches) == 2
 
 
+@dataclasses.dataclass(frozen=True)
+class PartialModel(small_run.QuickModel):
+  """Weighs rows that are not private examples differently."""
+
+  factor: float = 1.0
+
+  def losses(self, params, batch, keys=None):
+    losses, aux = super().losses(params, batch, keys)
+    return losses if "example_ids" in batch else self.factor * losses, aux
+
+
+def test_a_model_that_treats_public_rows_otherwise_is_another_branch(tmp_path):
+  records = small_run.records(validation=False)
+  records = records._replace(public=small_run.store(40, seed=5))
+  for factor in (1.0, 2.0):
+    run = small_run.make_run(
+      tmp_path, public_data=PUBLIC, validation_split=None
+    )
+    model = PartialModel(run.model.bert, factor=factor)
+    loop.train(dataclasses.replace(run, model=model), records)
+    for name in ("4", "6"):
+      shutil.rmtree(tmp_path / "checkpoints" / name)
+  assert len(ledger_lib.read(tmp_path).branches) == 2
+
+
 def test_updates_are_sampled_and_noised_as_without_public_records(
   mixed, tmp_path
 ):
@@ -156,4 +181,14 @@ def test_settings_out_of_range_are_refused(settings, message):
 def test_a_public_corpus_too_small_is_refused_before_anything(tmp_path):
   with pytest.raises(ValueError, match="batch_size=41, but 'given' has 40"):
     train(tmp_path, dataclasses.replace(PUBLIC, batch_size=41))
+  assert not (tmp_path / "privacy_ledger.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_the_runs_own_records_are_not_public(tmp_path, split):
+  records = small_run.records()
+  own = getattr(records, split)
+  run = small_run.make_run(tmp_path, public_data=PUBLIC)
+  with pytest.raises(ValueError, match=f"very records .* own split '{split}'"):
+    loop.train(run, records._replace(public=own))
   assert not (tmp_path / "privacy_ledger.jsonl").read_bytes()

@@ -44,7 +44,7 @@ def given(tmp_path_factory):
   return make(tmp_path_factory.mktemp("vocabulary") / "v.model")
 
 
-def make(path, seed=None):
+def make(path, seed=None, **told_of):
   seed = seed or keys.SecretSeed(b"s" * 32)
   release = word_counts.WordRelease(
     words_per_unit=8, noise_multiplier=NOISE, failure_prob=FAILURE_PROB
@@ -57,7 +57,7 @@ def make(path, seed=None):
     for d in "ab"
   }
   noisy, told = private_vocabulary.release_words(
-    counts, release, unit="document", seed=seed
+    counts, release, unit="document", seed=seed, **told_of
   )
   settings = vocabulary_lib.VocabularySettings(
     size=SIZE, model_type="bpe", character_coverage=1.0
@@ -150,6 +150,23 @@ def test_a_vocabulary_without_papers_is_unprotected(given, tmp_path):
   ledger = ledger_lib.read(tmp_path)
   assert ledger.others == ()
   assert any("The vocabulary was given" in text for text in ledger.unprotected)
+
+
+def test_a_vocabulary_of_other_units_is_told_of(tmp_path):
+  run = run_of(tmp_path, "unused")
+  for number, (task, split) in enumerate(
+    [(run.task, "train"), ("lines", "train"), (run.task, "all")]
+  ):
+    own = make(tmp_path / f"{number}.model", task=task, split=split)
+    directory = tmp_path / str(number)
+    loop.train(run_of(directory, own))
+    ledger = ledger_lib.read(directory)
+    assert ledger.others
+    told = [t for t in ledger.unprotected if "counted by document of" in t]
+    assert len(told) == (number > 0)
+    assert all(repr(task) in text and repr(split) in text for text in told)
+    text = squeezed(report_lib.make_report(ledger).as_text())
+    assert ("protects those of the former only" in text) == (number > 0)
 
 
 def test_a_vocabulary_of_a_known_seed_is_unprotected(tmp_path):
