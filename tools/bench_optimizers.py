@@ -8,7 +8,7 @@ Parts:
   bert     a small BERT on Python's documentation, without privacy
   noisy    the same, clipped and with noise, also with noise-aware moments
   memory   the state of each optimizer for BERT-Base
-  roots    what Shampoo's roots cost, against a BERT-Base update of 1,024 records
+  roots    what roots cost, against a BERT-Base update of 1,024 records
 
 All optimizers run in one process, update after update in turn, on the same
 batches; the target is what AdamW reaches at three quarters of its updates. The

@@ -133,12 +133,14 @@ class ShardedStep:
         tally=jnp.sum(accumulator.adapting.tally),
       )
       total = total._replace(adapting=adapting)
-    return self.step.finish(
-      params,
-      opt_state,
-      total,
-      noise_key=noise_key,
-      noise_multiplier=noise_multiplier,
-      expected_batch_size=expected_batch_size,
-      **others,
-    )
+    # Optimizers may share their own work out over the mesh that is in use.
+    with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+      return self.step.finish(
+        params,
+        opt_state,
+        total,
+        noise_key=noise_key,
+        noise_multiplier=noise_multiplier,
+        expected_batch_size=expected_batch_size,
+        **others,
+      )

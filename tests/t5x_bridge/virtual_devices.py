@@ -21,11 +21,24 @@ import optax
 import small_launch
 from t5x import train as t5x_train
 
+from dptrain.optimizers import preconditioner_refresh
+from dptrain.optimizers import shampoo_blocks
+from dptrain.optimizers import shampoo_settings
+from dptrain.optimizers import shampoo_transform
+from dptrain.optimizers import sm3
+
 # One after the other: their states are what matters.
 OPTIMIZER = optax.chain(
   optax.scale_by_factored_rms(min_dim_size_to_factor=4),
   optax.scale_by_sm3(),
   matrix_optimizer.matrices(1e-2),
+  sm3.scale_by_sm3(),
+  shampoo_transform.scale_by_shampoo(
+    shampoo_settings.ShampooSettings(
+      refresh=preconditioner_refresh.RefreshSettings(start=1, interval=1),
+      blocking=shampoo_blocks.Blocking(8),
+    )
+  ),
 )
 
 

@@ -350,6 +350,24 @@ def test_a_run_goes_on_on_another_mesh(finished, tmp_path, sizes):
     np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("optimizer", ["sm3", "shampoo"])
+def test_optimizer_states_go_on_on_another_mesh(tmp_path, optimizer):
+  """Rows, columns, factors and roots: saved on one mesh, read on another."""
+  whole, copy = tmp_path / "whole", tmp_path / "copy"
+  small_run.train(whole, mesh={"data": 4}, optimizer=optimizer, rate=1e-3)
+  shutil.copytree(whole, copy)
+  small_run.cut(copy, 2)
+  sizes = {"data": 2, "fsdp": 2, "model": 2}
+  small_run.train(copy, mesh=sizes, optimizer=optimizer, rate=1e-3)
+  (_, one), (_, other) = map(small_run.newest_state, (whole, copy))
+  assert one.keys() == other.keys()
+  for name, array in one.items():
+    if name.startswith("/params"):
+      np.testing.assert_allclose(array, other[name], atol=1e-4, err_msg=name)
+    if "failed" in name or "non_finite" in name:
+      assert not array.any()
+
+
 def test_correlated_noise_goes_on_on_another_mesh(tmp_path):
   def train(folder, sizes):
     run = small_run.make_run(folder, mesh=sizes)

@@ -23,7 +23,12 @@ from dptrain.data import store as store_lib
 from dptrain.models import bert
 from dptrain.models import masked_lm
 from dptrain.optimizers import adamw
+from dptrain.optimizers import preconditioner_refresh
 from dptrain.optimizers import sgd
+from dptrain.optimizers import shampoo
+from dptrain.optimizers import shampoo_blocks
+from dptrain.optimizers import shampoo_settings
+from dptrain.optimizers import sm3
 from dptrain.privacy import plan
 from dptrain.privacy import schedule
 from dptrain.training import checkpoints
@@ -37,6 +42,15 @@ VOCABULARY, LENGTH = 50, 16
 OPTIMIZERS = {
   "adamw": lambda rate: adamw.adamw(rate, weight_decay=0.1),
   "sgd": lambda rate: sgd.sgd(rate, momentum=0.9),
+  "sm3": lambda rate: sm3.sm3(rate),
+  "shampoo": lambda rate: shampoo.shampoo(
+    rate,
+    shampoo_settings.ShampooSettings(
+      refresh=preconditioner_refresh.RefreshSettings(start=1, interval=2),
+      blocking=shampoo_blocks.Blocking(8),
+    ),
+    weight_decay=0.1,
+  ),
 }
 
 
