@@ -2,6 +2,10 @@
 
   adamw  sgd  nesterov  adagrad  rmsprop    the usual optimizers
   sm3             second moments per row and per column
+  shampoo  soap   preconditioned along each dimension; docs/optimizers.md has
+    their rooms: *_settings, *_transform, shampoo_blocks, inverse_roots,
+    eigenbases, preconditioner_*, root_sharing, quantized_matrices, magnitudes,
+    momentum
   lamb  lars      steps as long as their layer's weights
   grafting        the length of one optimizer's step, the direction of another's
   step_size_adaptation  steps that learn how long to be, around any optimizer
@@ -10,6 +14,7 @@
   learning_rate   schedules
   weight_decay    which parameters decay
   layers          what is one layer where a scan stacks them
+  finite_gradients  what is not finite, kept from a state
   settings        refusals
 
 All are plain Optax, so any `optax.GradientTransformation` fits where they do.

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dptrain.optimizers import second_moments
+
 NAMES = (
   "sgd",
   "adagrad",
@@ -27,14 +29,15 @@ def named(name: str, b2: float, eps: float) -> optax.GradientTransformation:
 
   "sgd" is the gradient; "sqrt_n" its sign, of length sqrt(number of
   coordinates); "adagrad", "rmsprop" and "adam" divide by the root of the sum,
-  the average and the debiased average of squares. The "..._normalized" ones do
-  so with a gradient that the caller has brought to length 1 per layer
+  the average and the debiased average of squares
+  (`second_moments.scale_by_second_moment`). The "..._normalized" ones do so
+  with a gradient that the caller has brought to length 1 per layer
   (`is_normalized`).
 
   Args:
     name: one of `NAMES`.
     b2: decay of the average of squares, in [0, 1).
-    eps: added to the root; for "adagrad" its square, inside the root.
+    eps: added to the root.
 
   Raises:
     ValueError: the name is unknown.
@@ -46,10 +49,8 @@ def named(name: str, b2: float, eps: float) -> optax.GradientTransformation:
     return optax.identity()
   if base == "sqrt_n":
     return optax.stateless(lambda g, _: jax.tree.map(jnp.sign, g))
-  if base == "adagrad":
-    return optax.scale_by_rss(initial_accumulator_value=0.0, eps=eps**2)
-  return optax.scale_by_rms(
-    decay=b2, eps=eps, eps_in_sqrt=False, bias_correction=base == "adam"
+  return second_moments.scale_by_second_moment(
+    b2=1.0 if base == "adagrad" else b2, eps=eps, debias=base == "adam"
   )
 
 

@@ -58,7 +58,7 @@ class Stacks:
     slots: for each parameter, in the order of its plan; () if skipped.
     lengths: M by key.
     sizes: b by key.
-    orders: p by key.
+    orders: p by key; 0 where factors are not for roots.
   """
 
   slots: tuple[tuple[Slot, ...], ...]
@@ -76,14 +76,11 @@ class Stacks:
     }
 
 
-def stacks(
-  plans: Sequence[shampoo_blocks.ParameterPlan], by_order: bool = True
-) -> Stacks:
+def stacks(plans: Sequence[shampoo_blocks.ParameterPlan]) -> Stacks:
   """Lays the factors of all parameters out in stacks.
 
   Args:
     plans: of the parameters.
-    by_order: factors of different p get different stacks.
   """
   lengths: dict[str, int] = {}
   sizes: dict[str, int] = {}
@@ -92,7 +89,9 @@ def stacks(
   for plan in plans:
     own = []
     for factor in plan.factors:
-      key = f"{factor.size}" + (f"_root_{factor.order}" if by_order else "")
+      key = f"size_{factor.size}"
+      if factor.order:
+        key += f"_root_{factor.order}"
       start = lengths.setdefault(key, 0)
       sizes[key], orders[key] = factor.size, factor.order
       lengths[key] += plan.num_blocks

@@ -60,7 +60,7 @@ class Blocking:
     skip_names: parameters with one of these in their path are skipped. Biases
       and scales stay vectors in meaning where heads or layers are stacked.
     exponents: p of the roots A^(-1/p): None for twice the number of factors;
-      a number; or a mapping from the number of factors to p.
+      a number; or a mapping from the number of factors to p. SOAP has none.
     batch_dims: from a parameter's path and shape to how many of its leading
       dimensions number separate tensors, such as the layers of a scan.
   """
@@ -105,12 +105,18 @@ class Factor(NamedTuple):
   Attributes:
     dim: which of the merged dimensions it is for.
     size: b, of the block along it.
-    order: p of the root A^(-1/p).
+    order: p of the root A^(-1/p); 0 if it is not for a root.
   """
 
   dim: int
   size: int
   order: int
+
+  def described(self) -> str:
+    """Its size and root."""
+    if not self.order:
+      return f"{self.size}"
+    return f"{self.size}^(-1/{self.order})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,19 +196,20 @@ class ParameterPlan:
       return f"{head}: not preconditioned: {self.reason}"
     blocks = " x ".join(str(b) for b in self.block)
     count = self.num_blocks
-    roots = ", ".join(f"{f.size}^(-1/{f.order})" for f in self.factors)
-    told = (
-      f"{head}: {count} block{'s' * (count > 1)} of {blocks}; roots {roots}"
-    )
+    factors = ", ".join(f.described() for f in self.factors)
+    told = f"{head}: {count} block{'s' * (count > 1)} of {blocks}; {factors}"
     return f"{told}; {self.reason}" if self.reason else told
 
 
-def plan(params: Any, blocking: Blocking) -> list[ParameterPlan]:
+def plan(
+  params: Any, blocking: Blocking, with_roots: bool = True
+) -> list[ParameterPlan]:
   """Decides what becomes of each parameter, in the order of their leaves.
 
   Args:
     params: a pytree of arrays, or of their shapes.
     blocking: the rules.
+    with_roots: False if factors are not for roots, which then have no p.
 
   Raises:
     ValueError: `Blocking.exponents` does not say which root a parameter gets,
@@ -214,6 +221,7 @@ def plan(params: Any, blocking: Blocking) -> list[ParameterPlan]:
       jax.tree_util.keystr(path, simple=True, separator="/"),
       tuple(leaf.shape),
       blocking,
+      with_roots,
     )
     for path, leaf in flat
   ]
@@ -234,10 +242,14 @@ def describe(params: Any, blocking: Blocking | None = None) -> list[str]:
   >>> for line in describe(params, Blocking(block_size=4)):
   ...   print(line)
   bias [4]: not preconditioned: 'bias' is among skip_names
-  kernel [6, 4]: 2 blocks of 3 x 4; roots 3^(-1/4), 4^(-1/4)
+  kernel [6, 4]: 2 blocks of 3 x 4; 3^(-1/4), 4^(-1/4)
   preconditioned: 1 of 2 parameters, 24 of 28 numbers (86 %), by 4 matrices
   """
-  plans = plan(params, blocking or Blocking())
+  return describe_plans(plan(params, blocking or Blocking()))
+
+
+def describe_plans(plans: Sequence[ParameterPlan]) -> list[str]:
+  """As `describe`, of plans that were made."""
   chosen = [p for p in plans if p.factors]
   numbers = [math.prod(p.shape) for p in plans]
   done = sum(math.prod(p.shape) for p in chosen)
@@ -278,7 +290,7 @@ def merged_dims(shape: Sequence[int], up_to: int) -> tuple[int, ...]:
 
 
 def _parameter(
-  path: str, shape: tuple[int, ...], blocking: Blocking
+  path: str, shape: tuple[int, ...], blocking: Blocking, with_roots: bool
 ) -> ParameterPlan:
   stacked = blocking.batch_dims(path, shape)
   if not 0 <= stacked <= len(shape):
@@ -305,7 +317,7 @@ def _parameter(
     )
   if len(dims) < len(merged) and not reason:
     reason = f"one-sided (sides={blocking.sides!r})"
-  order = _order(path, len(dims), blocking)
+  order = _order(path, len(dims), blocking) if with_roots else 0
   grid = tuple(
     -(-d // blocking.block_size) if i in dims else 1
     for i, d in enumerate(merged)

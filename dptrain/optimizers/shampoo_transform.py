@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dptrain.optimizers import finite_gradients
 from dptrain.optimizers import inverse_roots
 from dptrain.optimizers import magnitudes
 from dptrain.optimizers import momentum as momentum_lib
@@ -156,7 +157,7 @@ class _Shampoo:
       )
     layout = self._layout(updates)
     leaves, treedef = jax.tree.flatten(updates)
-    leaves, non_finite = _without_non_finite(leaves)
+    leaves, non_finite = finite_gradients.replaced(leaves)
     count = state.step + 1
     magnitude, magnitude_state = self._magnitude(
       layout,
@@ -319,21 +320,6 @@ class _Shampoo:
         own = magnitudes.with_length(other, own, plan.stacked)
       result.append(own.astype(other.dtype))
     return result
-
-
-def _without_non_finite(
-  leaves: list[jax.Array],
-) -> tuple[list[jax.Array], jax.Array]:
-  """Gradients with 0 in place of those that are not finite, and their number.
-
-  Whole parameters: the rest of one is no more to be trusted.
-  """
-  good = [jnp.all(jnp.isfinite(x)) for x in leaves]
-  count = sum((1 - g.astype(jnp.int32) for g in good), jnp.zeros((), jnp.int32))
-  return [
-    jnp.where(g, x, jnp.zeros_like(x))
-    for g, x in zip(good, leaves, strict=True)
-  ], count
 
 
 def _packed(matrices: Any, bits: int) -> Any:

@@ -17,6 +17,8 @@ from dptrain.optimizers import root_sharing
 from dptrain.optimizers import shampoo_blocks
 from dptrain.optimizers import shampoo_settings
 from dptrain.optimizers import shampoo_transform
+from dptrain.optimizers import soap_settings
+from dptrain.optimizers import soap_transform
 
 
 def mesh():
@@ -85,10 +87,14 @@ def after(compiled, made, steps=4):
   return jax.device_get((found, state))
 
 
-@pytest.mark.parametrize("how", ["argument", "ambient"])
 @pytest.mark.parametrize(
-  ("method", "delay", "share"),
-  [("eigh", 0, 4), ("newton", 0, 4), ("eigh", 2, 2)],
+  ("how", "method", "delay", "share"),
+  [
+    ("argument", "eigh", 0, 4),
+    ("argument", "newton", 0, 4),
+    ("argument", "eigh", 2, 2),
+    ("ambient", "eigh", 0, 4),
+  ],
 )
 def test_each_device_computes_its_share_and_the_result_is_the_same(
   how, method, delay, share
@@ -117,6 +123,25 @@ def test_each_device_computes_its_share_and_the_result_is_the_same(
   for one, other in zip(
     jax.tree.leaves(after(compiled, made)),
     jax.tree.leaves(expected),
+    strict=True,
+  ):
+    np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+
+
+def test_bases_of_soap_are_shared_too():
+  def made(on):
+    settings = soap_settings.SoapSettings(
+      start=1, interval=1, blocking=shampoo_blocks.Blocking(4), mesh=on
+    )
+    return soap_transform.scale_by_soap(settings)
+
+  compiled = program(made(mesh()), placed=True)
+  text = compiled.as_text()
+  assert re.findall(r"f32\[(\d+),4,4\]\S* all-gather\(", text) == ["32"] * 2
+  assert not re.search(r"f32\[26,4,4\].*(syevd|geqrf)", text)
+  for one, other in zip(
+    jax.tree.leaves(after(compiled, made(mesh()))),
+    jax.tree.leaves(after(program(made(None)), made(None))),
     strict=True,
   ):
     np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)

@@ -12,6 +12,7 @@ from dptrain.optimizers import nesterov
 from dptrain.optimizers import sgd
 from dptrain.optimizers import shampoo
 from dptrain.optimizers import sm3
+from dptrain.optimizers import soap
 from dptrain.optimizers import weight_decay
 import gin
 
@@ -26,6 +27,7 @@ FACTORIES = {
   "sgd": sgd.sgd,
   "shampoo": shampoo.shampoo,
   "sm3": sm3.sm3,
+  "soap": soap.soap,
 }
 # What decay alone takes off a weight in an update; others: 0.5 * rate.
 TAKEN = {

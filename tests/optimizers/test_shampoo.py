@@ -91,7 +91,7 @@ class NumpyMagnitude:
       return np.sign(g)
     if kind == "adagrad":
       self.v = self.v + g * g
-      return g / np.sqrt(self.v + self.eps**2)
+      return g / (np.sqrt(self.v) + self.eps)
     self.v = self.b2 * self.v + (1 - self.b2) * g * g
     v = self.v / (1 - self.b2**self.t) if kind == "adam" else self.v
     return g / (np.sqrt(v) + self.eps)

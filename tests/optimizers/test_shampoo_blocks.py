@@ -19,7 +19,7 @@ def plan_of(shape, path=("w",), **settings):
   return found
 
 
-@hypothesis_settings(max_examples=40, deadline=None)
+@hypothesis_settings(max_examples=25, deadline=None)
 @given(
   shape=st.lists(st.integers(1, 7), min_size=2, max_size=4),
   block_size=st.integers(1, 8),

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 
-def test_on_eight_devices():
+def on_eight_devices(chosen):
   here = pathlib.Path(__file__).parent
   flags = [
     *(
@@ -24,6 +24,7 @@ def test_on_eight_devices():
     [
       *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
       *("-c", os.devnull, "--rootdir", str(here), "--durations=8"),
+      *("-k", chosen),
       str(here / "eight_devices_of_shampoo.py"),
     ],
     env=env,
@@ -32,3 +33,11 @@ def test_on_eight_devices():
     check=False,
   )
   assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def test_roots_are_shared_by_eight_devices():
+  on_eight_devices("argument")
+
+
+def test_bases_and_other_stacks_are_shared_by_eight_devices():
+  on_eight_devices("not (argument)")

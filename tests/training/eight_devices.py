@@ -21,6 +21,10 @@ from dptrain.clipping import adaptation
 from dptrain.clipping import private_metrics
 from dptrain.clipping import rules
 from dptrain.data import masking
+from dptrain.optimizers import preconditioner_refresh
+from dptrain.optimizers import shampoo
+from dptrain.optimizers import shampoo_blocks
+from dptrain.optimizers import shampoo_settings
 from dptrain.privacy import sampling
 from dptrain.training import initial_weights
 from dptrain.training import loop
@@ -238,6 +242,55 @@ def test_parameters_split_at_rest_change_nothing_in_an_update():
   assert found.sharding.is_equivalent_to(layout.params["w"], 1)
   assert not set(collectives(accumulate)) - {"all-gather"}  # of parameters
   assert collectives(finish)["all-reduce"] in (4, 1)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"fsdp": 4, "model": 2}])
+def test_an_optimizer_shares_its_roots_out(sizes):
+  """Of 16 factors each device has 2, and parameters come out as on one."""
+  step = step_lib.PrivateStep(
+    lambda params, batch, keys: (jnp.sum(batch["x"] @ params["w"], -1), {}),
+    rules.ClippingRule("flat", 2.0),
+    shampoo.shampoo(
+      0.1,
+      shampoo_settings.ShampooSettings(
+        refresh=preconditioner_refresh.RefreshSettings(start=1),
+        blocking=shampoo_blocks.Blocking(4),
+      ),
+    ),
+  )
+  batch = {
+    "x": np.random.default_rng(0).normal(size=(ROWS, 16)).astype(np.float32),
+    "example_ids": np.arange(ROWS, dtype=np.int32),
+    "is_padding": np.zeros(ROWS, bool),
+  }
+  params = {"w": jnp.ones((16, 8))}
+  finishing = {
+    "noise_key": jax.random.key(2),
+    "noise_multiplier": 1.0,
+    "expected_batch_size": 10.0,
+  }
+
+  def after(layout):
+    programs = programs_lib.make_programs(step, params, batch, layout)
+    opt_state = step.init(params)
+    total = programs.zeros(params, opt_state)
+    finish = programs.finish.lower(params, opt_state, total, **finishing)
+    total = programs.accumulate(params, total, batch, jax.random.key(1))
+    new, state, _ = programs.finish(params, opt_state, total, **finishing)
+    return finish.compile().as_text(), (new, state)
+
+  made = mesh_lib.make_layout(mesh_lib.MeshSettings(**sizes), small_run.model())
+  split = jax.sharding.PartitionSpec("fsdp")
+  text, found = after(mesh_lib.Layout(made.mesh, {"w": split}))
+  shares = re.findall(r"f64\[(\d+),4,4\]\S* *[^\n]*lapack_dsyevd", text)
+  assert set(shares) == {"2"}
+  text, expected = after(None)
+  assert re.search(r"f64\[16,4,4\][^\n]*lapack_dsyevd", text)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5),
+    jax.device_get(found),
+    jax.device_get(expected),
+  )
 
 
 # --- layouts ------------------------------------------------------------------
