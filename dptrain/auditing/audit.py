@@ -166,6 +166,12 @@ def _check_auditable(run: run_lib.TrainingRun, settings: AuditSettings) -> None:
       f" one {run.privacy.unit}, sampled as a whole. Audit the same run with"
       " unit_sampling='units'."
     )
+  if run.initial_weights.path is not None:
+    raise ValueError(
+      f"InitialWeights.path={run.initial_weights.path!r} cannot be audited: the"
+      " model of an audit has canaries among its parameters. Leave it None;"
+      " the mechanism does not depend on where training starts."
+    )
   quantile = run.privacy.adaptive_quantile
   if settings.mode == "white_box" and quantile is not None:
     raise ValueError(

@@ -52,6 +52,8 @@ class VocabularySettings:
       then decides everything else; None to train.
     declared_public: nothing of the corpus went into the vocabulary at `path`:
       ledger and report then name it as public, with its fingerprint.
+    same_units: the vocabulary at `path` was learned privately from another task
+      than the run's, whose documents and users are the same.
     character_coverage: share of the corpus's characters, by count, that get a
       token of their own; the rarest others become [UNK].
     max_lines: train on at most this many lines, drawn evenly from the corpus.
@@ -64,6 +66,7 @@ class VocabularySettings:
   model_type: str = "unigram"
   path: str | None = None
   declared_public: bool = False
+  same_units: bool = False
   character_coverage: float = 0.9995
   max_lines: int = 1_000_000
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 import contextlib
+import functools
 import itertools
 import pathlib
 from typing import Any
@@ -26,6 +27,7 @@ from dptrain.training import private_curves
 from dptrain.training import processes
 from dptrain.training import programs as programs_lib
 from dptrain.training import progress as progress_lib
+from dptrain.training import public_data as public_data_lib
 from dptrain.training import records as records_lib
 from dptrain.training import run as run_lib
 
@@ -178,7 +180,7 @@ class _Loop:
       stack.callback(self.feed.close)
       if public := self.prepared.public:
         self.public_feed = self._feed(
-          lambda step: public.draw(self._key("public sample", step)),
+          functools.partial(self._drawn_public, public),
           public.store,
           range(step, limit),
         )
@@ -307,6 +309,13 @@ class _Loop:
         step,
         self.branch.fork_step,
       )
+
+  def _drawn_public(
+    self, public: public_data_lib.PublicExamples, step: int
+  ) -> draws.Drawn:
+    """The public records of update `step`."""
+    with _on_host():
+      return public.draw(self._key("public sample", step))
 
   def _feed(
     self,

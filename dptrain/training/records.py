@@ -89,7 +89,7 @@ def read_records(
     public=public,
     vocabulary_size=vocabulary.size,
     vocabulary_fingerprint=vocabulary.fingerprint,
-    unprotected=_counted_elsewhere(release, run.task, run.train_split),
+    unprotected=_counted_elsewhere(run, release, run.task),
     vocabulary_release=release,
   )
 
@@ -208,13 +208,15 @@ def _prepared_records(
     validation=stores[run.validation_split] if run.validation_split else None,
     vocabulary_size=vocabulary.size,
     vocabulary_fingerprint=vocabulary.fingerprint,
-    unprotected=_counted_elsewhere(release, manifest["task"], run.train_split),
+    unprotected=_counted_elsewhere(run, release, manifest["task"]),
     vocabulary_release=release,
   )
 
 
 def _counted_elsewhere(
-  release: private_vocabulary.VocabularyRelease | None, task: str, split: str
+  run: run_lib.TrainingRun,
+  release: private_vocabulary.VocabularyRelease | None,
+  task: str,
 ) -> tuple[str, ...]:
   """What to tell where a vocabulary's units may not be those of the run.
 
@@ -222,21 +224,32 @@ def _counted_elsewhere(
   no file, though both are called documents: one file moves many counts.
 
   Args:
+    run: the user's settings.
     release: of the vocabulary.
     task: that the run's records come from.
-    split: likewise.
+
+  Raises:
+    ValueError: they may differ, and the user has not said that they do not.
   """
-  if release is None or (release.task, release.split) in (
-    (task, split),
-    ("", ""),
-  ):
+  known = (task, run.train_split), ("", "")
+  if release is None or (release.task, release.split) in known:
     return ()
+  told = (
+    f"words were counted by {release.unit} of {release.task!r} (split"
+    f" {release.split!r}), but this run trains on {task!r} (split"
+    f" {run.train_split!r})"
+  )
+  if not run.vocabulary.same_units:
+    raise ValueError(
+      f"VocabularySettings.path={run.vocabulary.path!r}: its {told}. Where the"
+      f" two tell {release.unit}s apart in other ways, its price would be"
+      " wrong: learn it with `dptrain vocab` under this run's flags, or, if one"
+      f" {release.unit} is the same in both, set"
+      " VocabularySettings.same_units=True."
+    )
   return (
-    f"The vocabulary's words were counted by {release.unit} of"
-    f" {release.task!r} (split {release.split!r}), but this run trains on"
-    f" {task!r} (split {split!r}): where the two tell {release.unit}s apart in"
-    " other ways, the vocabulary protects those of the former only. One that"
-    " `dptrain vocab` learns under this run's settings leaves no such doubt.",
+    f"The vocabulary's {told}: that one {release.unit} is the same in both was"
+    " declared (VocabularySettings.same_units) and is taken on trust.",
   )
 
 

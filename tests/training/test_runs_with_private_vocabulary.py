@@ -1,5 +1,6 @@
 """A private vocabulary in a run: from its papers to ledger, report, budget."""
 
+import dataclasses
 import random
 
 import pytest
@@ -152,21 +153,31 @@ def test_a_vocabulary_without_papers_is_unprotected(given, tmp_path):
   assert any("The vocabulary was given" in text for text in ledger.unprotected)
 
 
-def test_a_vocabulary_of_other_units_is_told_of(tmp_path):
-  run = run_of(tmp_path, "unused")
-  for number, (task, split) in enumerate(
-    [(run.task, "train"), ("lines", "train"), (run.task, "all")]
+@pytest.mark.parametrize("other", [("lines", "train"), (None, "all")])
+def test_a_vocabulary_of_other_units_is_refused_or_told_of(tmp_path, other):
+  task = other[0] or run_of(tmp_path, "unused").task
+  own = make(tmp_path / "own.model", task=task, split=other[1])
+  run = run_of(tmp_path / "run", own)
+  with pytest.raises(
+    ValueError, match=r"were counted by document of .*same_un"
   ):
-    own = make(tmp_path / f"{number}.model", task=task, split=split)
-    directory = tmp_path / str(number)
-    loop.train(run_of(directory, own))
-    ledger = ledger_lib.read(directory)
-    assert ledger.others
-    told = [t for t in ledger.unprotected if "counted by document of" in t]
-    assert len(told) == (number > 0)
-    assert all(repr(task) in text and repr(split) in text for text in told)
-    text = squeezed(report_lib.make_report(ledger).as_text())
-    assert ("protects those of the former only" in text) == (number > 0)
+    loop.train(run)
+  assert not ledger_lib.Ledger(tmp_path / "run" / ledger_lib.LEDGER_FILE).header
+  same = dataclasses.replace(run.vocabulary, same_units=True)
+  loop.train(dataclasses.replace(run, vocabulary=same))
+  ledger = ledger_lib.read(tmp_path / "run")
+  assert ledger.others
+  (told,) = [t for t in ledger.unprotected if "counted by document of" in t]
+  assert repr(task) in told
+  assert "is taken on trust" in told
+
+
+def test_a_vocabulary_of_the_same_task_needs_no_declaration(tmp_path):
+  task = run_of(tmp_path, "unused").task
+  own = make(tmp_path / "own.model", task=task, split="train")
+  loop.train(run_of(tmp_path / "run", own))
+  told = ledger_lib.read(tmp_path / "run").unprotected
+  assert not any("counted by" in text for text in told)
 
 
 def test_a_vocabulary_of_a_known_seed_is_unprotected(tmp_path):
