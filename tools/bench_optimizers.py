@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 import json
 import pathlib
 import statistics
-import tempfile
 import time
 from typing import Any, NamedTuple
 
@@ -28,12 +27,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optimizer_problems
 
 from dptrain.clipping import rules
-from dptrain.data import corpus
 from dptrain.data import masking
-from dptrain.data import store as store_lib
-from dptrain.data import vocabulary as vocabulary_lib
 from dptrain.models import bert
 from dptrain.models import masked_lm
 from dptrain.optimizers import adamw
@@ -50,9 +47,6 @@ from dptrain.training import step as step_lib
 
 PARTS = ("convex", "bert", "noisy", "memory", "roots")
 TUNING_SEED = 1000
-BATCH, LENGTH, VOCABULARY = 64, 32, 512
-NOISE_BATCH_RATIO = 1e-3  # the demo's: 0.63 / 640
-CONVEX_SIZE, CONDITION = 64, 1e3  # of either side
 INTERVAL = 10
 
 
@@ -82,26 +76,26 @@ ENTRANTS = {
   ),
   "AdamW": Entrant(
     lambda rate: adamw.adamw(rate, weight_decay=0.0),
-    {"convex": (3e-3, 1e-2, 3e-2), "bert": _ADAM, "noisy": _ADAM},
+    {"convex": (1e-2, 3e-2, 1e-1), "bert": _ADAM, "noisy": _ADAM},
   ),
   "LAMB": Entrant(
     lambda rate: lamb.lamb(rate, weight_decay=0.0),
-    {"convex": (1e-3, 3e-3, 1e-2), "bert": (3e-3, 1e-2, 3e-2), "noisy": _ADAM},
+    {"convex": (1e-2, 3e-2, 1e-1), "bert": (3e-3, 1e-2, 3e-2), "noisy": _ADAM},
   ),
   "SM3": Entrant(
     lambda rate: sm3.sm3(rate, weight_decay=0.0),
     {
-      "convex": (0.03, 0.1, 0.3),
+      "convex": (0.3, 1.0, 3.0),
       "bert": (0.03, 0.1, 0.3),
       "noisy": (0.03, 0.1),
     },
   ),
   "Shampoo": Entrant(
-    _shampoo, {"convex": (3e-3, 1e-2, 3e-2), "bert": _ADAM, "noisy": _ADAM}
+    _shampoo, {"convex": (1e-2, 3e-2, 1e-1), "bert": _ADAM, "noisy": _ADAM}
   ),
   "SOAP": Entrant(
     lambda rate: soap.soap(rate, weight_decay=0.0),
-    {"convex": (3e-3, 1e-2, 3e-2), "bert": _ADAM, "noisy": _ADAM},
+    {"convex": (1e-2, 3e-2, 1e-1), "bert": _ADAM, "noisy": _ADAM},
   ),
 }
 AWARE = {
@@ -126,128 +120,6 @@ RATES: dict[str, dict[str, float]] = {
 }
 
 
-class Problem(NamedTuple):
-  """Something to minimise.
-
-  Attributes:
-    params: to start from, by seed.
-    update: (optimizer) -> jitted (params, state, number, seed) -> both, new.
-    loss: jitted loss that counts.
-  """
-
-  params: Callable[[int], Any]
-  update: Callable[[optax.GradientTransformation], Callable[..., Any]]
-  loss: Callable[[Any, int], jax.Array]
-
-
-def convex() -> Problem:
-  """0.5 |A^(1/2) (W - W*) B^(1/2)|^2, A and B of condition `CONDITION`."""
-  n = CONVEX_SIZE
-  scales = jnp.logspace(0, -np.log10(CONDITION), n)
-  draw = np.random.default_rng(7)
-  left, right = (np.linalg.qr(draw.normal(size=(n, n)))[0] for _ in range(2))
-  a, b = (jnp.asarray(q * scales @ q.T, jnp.float32) for q in (left, right))
-
-  def loss(params: Any, seed: int) -> jax.Array:
-    wanted = jax.random.normal(jax.random.key(seed), (n, n))
-    error = params["w"] - wanted
-    return 0.5 * jnp.sum(error * (a @ error @ b)) / n
-
-  def update(optimizer: optax.GradientTransformation) -> Callable[..., Any]:
-    def one(params: Any, state: Any, number: int, seed: int) -> Any:
-      gradient = jax.grad(loss)(params, seed)
-      updates, state = optimizer.update(gradient, state, params)
-      return optax.apply_updates(params, updates), state
-
-    return jax.jit(one)
-
-  start = {"w": jnp.zeros((n, n))}
-  return Problem(lambda seed: start, update, jax.jit(loss))
-
-
-def language_model(noisy: bool, layers: int, width: int) -> Problem:
-  """Masked language modelling; `noisy`: through the private step."""
-  train, held_out = _stores()
-  model = masked_lm.MaskedLanguageModel(
-    bert.Bert(
-      vocab_size=VOCABULARY,
-      num_layers=layers,
-      width=width,
-      num_heads=width // 32,
-      max_length=LENGTH,
-    )
-  )
-  objective = objective_lib.Objective(model, masking.MaskingSettings())
-  tokens = jnp.asarray(train.tokens)
-  fixed = held_out.gather(np.arange(0, held_out.num_examples, 8)[:512])
-  fixed_keys = jax.random.split(jax.random.key(1), len(fixed))
-
-  def batch(number: jax.Array, seed: jax.Array) -> tuple[Any, jax.Array]:
-    key = jax.random.fold_in(jax.random.key(seed), number)
-    rows = jax.random.randint(key, (BATCH,), 0, len(tokens))
-    taken = {
-      "tokens": tokens[rows],
-      "example_ids": jnp.arange(BATCH),
-      "is_padding": jnp.zeros(BATCH, bool),
-    }
-    return taken, jax.random.wrap_key_data(jax.random.key_data(key))
-
-  def mean_loss(params: Any, taken: Any, keys: jax.Array) -> jax.Array:
-    return jnp.mean(objective.losses(params, taken, keys)[0])
-
-  def update(optimizer: optax.GradientTransformation) -> Callable[..., Any]:
-    private = step_lib.PrivateStep(
-      objective.losses, rules.ClippingRule("normalized", 1.0), optimizer
-    )
-
-    def one(params: Any, state: Any, number: int, seed: int) -> Any:
-      taken, key = batch(number, seed)
-      if not noisy:
-        keys = jax.random.split(key, BATCH)
-        gradient = jax.grad(mean_loss)(params, taken, keys)
-        updates, state = optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state
-      total = private.zeros(params, taken, state)
-      total = private.accumulate(params, total, taken, key)
-      return private.finish(
-        params,
-        state,
-        total,
-        noise_key=jax.random.fold_in(key, 1),
-        noise_multiplier=NOISE_BATCH_RATIO * BATCH,
-        expected_batch_size=BATCH,
-      )[:2]
-
-    return jax.jit(one)
-
-  @jax.jit
-  def loss(params: Any, seed: int) -> jax.Array:
-    del seed
-    return mean_loss(params, {"tokens": fixed}, fixed_keys)
-
-  init = jax.jit(lambda seed: model.init(jax.random.key(seed)))
-  return Problem(init, update, loss)
-
-
-def _stores() -> tuple[store_lib.RecordStore, store_lib.RecordStore]:
-  from dptrain.tasks import python_docs
-
-  task = python_docs.register()
-  with tempfile.TemporaryDirectory() as folder:
-    vocabulary = vocabulary_lib.train_vocabulary(
-      (each.text for each in corpus.read_documents(task, "train")),
-      vocabulary_lib.VocabularySettings(size=VOCABULARY),
-      pathlib.Path(folder) / "vocabulary.model",
-    )
-  train, held_out = (
-    store_lib.build_store(
-      corpus.read_documents(task, split), vocabulary, LENGTH
-    )
-    for split in ("train", "validation")
-  )
-  return train, held_out
-
-
 class Curve(NamedTuple):
   """Losses of one run at every `every`-th update, and seconds an update."""
 
@@ -256,7 +128,7 @@ class Curve(NamedTuple):
 
 
 def runs(
-  problem: Problem,
+  problem: optimizer_problems.Problem,
   optimizers: dict[str, optax.GradientTransformation],
   seed: int,
   updates: int,
@@ -297,7 +169,9 @@ def reached(curve: Curve, target: float, every: int) -> float:
   return float("inf")
 
 
-def find_rates(part: str, problem: Problem, updates: int) -> dict[str, float]:
+def find_rates(
+  part: str, problem: optimizer_problems.Problem, updates: int
+) -> dict[str, float]:
   """The best rate of each optimizer's, on a seed that is not used again."""
   best = {}
   for name, entrant in ENTRANTS.items():
@@ -316,7 +190,11 @@ def find_rates(part: str, problem: Problem, updates: int) -> dict[str, float]:
 
 
 def compare(
-  part: str, problem: Problem, seeds: int, updates: int, every: int
+  part: str,
+  problem: optimizer_problems.Problem,
+  seeds: int,
+  updates: int,
+  every: int,
 ) -> dict[str, Any]:
   """Prints and returns updates and seconds to the target, by optimizer."""
   optimizers = {
@@ -482,9 +360,11 @@ def main() -> None:
       figures[part] = measure_roots(arguments.interval, arguments.records)
       continue
     problem = (
-      convex()
+      optimizer_problems.convex()
       if part == "convex"
-      else language_model(part == "noisy", arguments.layers, arguments.width)
+      else optimizer_problems.language_model(
+        part == "noisy", arguments.layers, arguments.width
+      )
     )
     if arguments.rates:
       figures[part] = find_rates(part, problem, arguments.updates)
