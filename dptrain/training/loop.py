@@ -67,7 +67,11 @@ def train(
   directory = pathlib.Path(run.model_dir).expanduser()
   processes.first(lambda: directory.mkdir(parents=True, exist_ok=True))
   processes.check_shared(directory)
-  with contextlib.ExitStack() as stack, processes.interruptible():
+  with (
+    contextlib.ExitStack() as stack,
+    processes.interruptible(),
+    progress_lib.logs_said(),
+  ):
 
     def prepare() -> tuple[ledger_lib.Ledger, preparation_lib.Preparation]:
       if processes.is_first():

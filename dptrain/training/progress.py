@@ -1,6 +1,8 @@
 """What a person sees of a run: a bar, TensorBoard, a summary."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
+import logging
 import pathlib
 import sys
 from typing import Any
@@ -91,6 +93,27 @@ def say(text: str) -> None:
   """Prints a line on stderr, above the bar if there is one; once for all."""
   if processes.is_first():
     tqdm.tqdm.write(text, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def logs_said() -> Iterator[None]:
+  """Says what dptrain's modules log: what an optimizer leaves alone, say."""
+  logger, handler = logging.getLogger("dptrain"), _Said(logging.INFO)
+  before = logger.level, logger.propagate
+  logger.addHandler(handler)
+  logger.setLevel(logging.INFO)
+  logger.propagate = False
+  try:
+    yield
+  finally:
+    logger.removeHandler(handler)
+    logger.setLevel(before[0])
+    logger.propagate = before[1]
+
+
+class _Said(logging.Handler):
+  def emit(self, record: logging.LogRecord) -> None:
+    say(record.getMessage())
 
 
 def write_report(ledger: ledger_lib.Ledger, directory: pathlib.Path) -> bool:

@@ -169,3 +169,10 @@ def test_two_processes_cannot_train_in_one_model_dir(tmp_path):
     pytest.raises(ledger.LedgerError, match="another process is training"),
   ):
     small_run.train(tmp_path)
+
+
+def test_an_optimizer_says_what_it_leaves_alone(tmp_path, capsys):
+  small_run.train(tmp_path, steps=2, optimizer="shampoo", rate=1e-3)
+  told = capsys.readouterr().err
+  assert told.count("Shampoo: ") == 1
+  assert "tokens [50, 16]" in told
