@@ -13,6 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dptrain.optimizers import decompositions
+
 _HIGHEST = jax.lax.Precision.HIGHEST
 # Keeps directions that a factor has not seen where they are.
 _RIDGE = 1e-6
@@ -38,7 +40,7 @@ def decomposed(factors: jax.Array, old: jax.Array) -> Bases:
     factors: [M, b, b] positive semi-definite; where one is 0 its basis stays.
     old: [M, b, b] bases, for those that fail.
   """
-  _, vectors = jnp.linalg.eigh(_scaled(factors))
+  _, vectors = decompositions.eigh(_scaled(factors))
   return _checked(factors, vectors[:, :, ::-1], old)
 
 
@@ -57,7 +59,7 @@ def followed(factors: jax.Array, old: jax.Array) -> Bases:
   estimates = jnp.sum(old * images, axis=1)
   order = jnp.argsort(-estimates, axis=1)[:, None, :]
   start = jnp.take_along_axis(images + _RIDGE * old, order, axis=2)
-  vectors, _ = jnp.linalg.qr(start)
+  vectors = decompositions.orthonormal(start)
   return _checked(factors, vectors, old)
 
 

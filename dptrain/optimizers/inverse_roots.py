@@ -20,6 +20,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from dptrain.optimizers import decompositions
+
 _HIGHEST = lax.Precision.HIGHEST
 _POWER_ITERATIONS = 100
 _GROWTH = 1.2
@@ -182,7 +184,7 @@ def root_error(matrices: jax.Array, roots: jax.Array, p: int) -> jax.Array:
     a = _cast(matrices, jnp.float64)
     x = _cast(roots, jnp.float64)
     x = (x + jnp.swapaxes(x, -1, -2)) / 2
-    lower = jnp.linalg.cholesky(x)  # NaN unless positive definite
+    lower = decompositions.cholesky(x)  # NaN unless positive definite
     definite = jnp.isfinite(lower).all((-2, -1))
     c = lower if p == 1 else _power(x, p // 2)
     if p % 2 and p > 1:
@@ -218,7 +220,7 @@ def _by_eigh(
   subtract: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
   """Roots [N, b, b] and what was added to the eigenvalues [N]."""
-  values, vectors = jnp.linalg.eigh(a)
+  values, vectors = decompositions.eigh(a)
   # Rounding may leave eigenvalues just below 0.
   taken = jnp.zeros_like(values[:, 0])
   if subtract is not None:
