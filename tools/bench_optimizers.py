@@ -112,11 +112,26 @@ AWARE = {
     lambda rate: _shampoo(rate, subtract_noise=True),
   ),
 }
-# What `--rates` printed.
+# What `--rates` printed; for "bert" and "noisy" no search was finished yet.
+_ROUGH = {
+  "SGD": 0.1,
+  "AdamW": 3e-3,
+  "LAMB": 3e-3,
+  "SM3": 0.1,
+  "Shampoo": 3e-3,
+  "SOAP": 3e-3,
+}
 RATES: dict[str, dict[str, float]] = {
-  "convex": {},
-  "bert": {},
-  "noisy": {},
+  "convex": {
+    "SGD": 1.9,
+    "AdamW": 0.1,
+    "LAMB": 0.01,
+    "SM3": 3.0,
+    "Shampoo": 0.1,
+    "SOAP": 0.1,
+  },
+  "bert": _ROUGH,
+  "noisy": _ROUGH,
 }
 
 
