@@ -246,7 +246,8 @@ def _plain(error: BaseException) -> str:
   if not callers:
     return message
   if not isinstance(error, TypeError):
-    told = callers[0] in message
+    # A task's own errors name their settings; `register` says no more.
+    told = callers[0] in message or callers[0] == "register"
     return message if told else f"{message} (in {callers[0]})"
   if found := _NO_VALUE.search(message):
     return (

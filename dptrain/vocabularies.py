@@ -19,6 +19,7 @@ from dptrain.reports import report
 VOCAB_TXT = ".vocab.txt"
 # Of delta: the rest is for the noise.
 _SHARE_OF_SELECTION = 0.5
+_FEW = 100  # words, of which no useful vocabulary is made
 
 
 def learn(arguments: argparse.Namespace) -> str:
@@ -72,6 +73,8 @@ def learn(arguments: argparse.Namespace) -> str:
     )
   unused = sum(map(vocabulary.is_unused, range(vocabulary.size)))
   few = f", {unused} of them unused for want of words" if unused else ""
+  if told.words_kept < _FEW:
+    few += f"; THAT IS LITTLE: bring more {told.unit}s, or a larger --epsilon"
   return (
     f"vocabulary    {path}: {vocabulary.size} tokens from"
     f" {told.words_kept:,} words{few}\n"

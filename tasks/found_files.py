@@ -50,7 +50,9 @@ def find(globs: Sequence[str], example: str) -> Iterator[tuple[str, str]]:
     if not paths:
       folder = os.path.isdir(pattern)
       hint = f" (a folder: append '/{example}')" if folder else ""
-      raise FileNotFoundError(f"no file matches {pattern!r}{hint}")
+      raise FileNotFoundError(
+        f"no file matches {pattern!r}{hint or '; correct the glob'}"
+      )
     wildcard = None if literal else _WILDCARD.search(pattern)
     fixed = pattern[: wildcard.start()] if wildcard else pattern
     root = os.path.dirname(fixed)

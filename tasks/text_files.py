@@ -135,7 +135,13 @@ class _TextFiles:
     """The user that a file is of; empty if none is asked for."""
     if self.unit is None:
       return ""
-    return dividing.found_user("unit", self.unit, key, f"the path {key!r}")
+    return dividing.found_user(
+      "unit",
+      self.unit,
+      key,
+      f"the path {key!r} (what stands before a glob's first wildcard is no part"
+      " of it)",
+    )
 
   def digest(self) -> str:
     """Names the arguments in ten hexadecimal digits."""

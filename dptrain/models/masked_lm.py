@@ -156,6 +156,7 @@ class MaskedLanguageModel:
       raise ValueError(
         f"the tokenizer has vocab_size={vocab_size} but Bert.vocab_size="
         f"{self.bert.vocab_size}; set Bert.vocab_size={vocab_size}"
+        f" (--gin.VOCABULARY_SIZE={vocab_size})"
       )
 
   def _logits(

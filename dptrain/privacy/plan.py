@@ -306,7 +306,7 @@ def _check_sizes(settings: PrivacySettings, num_examples: int) -> None:
       f"expected_batch_size={largest.expected_batch_size} from update"
       f" {largest.first_step} on exceeds {of_them} of {there_are} examples:"
       " its sampling probability would be over 1. Lower that phase of"
-      " BatchSchedule or bring more text."
+      " BatchSchedule (--gin.FULL_BATCH) or bring more text."
     )
 
 

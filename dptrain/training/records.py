@@ -169,7 +169,8 @@ def _prepared_records(
   if manifest["vocabulary_given"] and run.vocabulary.path is None:
     raise ValueError(
       f"TrainingRun.prepared={name!r} was prepared with a given vocabulary: set"
-      " VocabularySettings.path to it here, too."
+      " VocabularySettings.path to it here, too"
+      f" (--gin.VocabularySettings.path={folder / VOCABULARY_FILE})."
     )
   if run.vocabulary.path is None:
     _check_size(run, vocabulary, f"TrainingRun.prepared={name!r} was prepared")
