@@ -25,6 +25,13 @@ def run_in(folder: pathlib.Path, *command: str) -> subprocess.CompletedProcess:
   for name in list(environment):
     if name.startswith(("PYTEST", "JAX_")):
       del environment[name]
+  # What a fault leaves alone is compiled once; programs are known by content.
+  environment |= {
+    "JAX_COMPILATION_CACHE_DIR": str(_session(folder) / "compiled_copies"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+  }
   return subprocess.run(
     [sys.executable, *command],
     cwd=folder,
@@ -32,6 +39,14 @@ def run_in(folder: pathlib.Path, *command: str) -> subprocess.CompletedProcess:
     capture_output=True,
     text=True,
   )
+
+
+def _session(folder: pathlib.Path) -> pathlib.Path:
+  """Pytest's folder for all workers of this session."""
+  for parent in folder.parents:
+    if parent.parent.name.startswith("pytest-of-"):
+      return parent
+  return folder
 
 
 def check_it_is_caught(fault: Fault, folder: pathlib.Path) -> str:

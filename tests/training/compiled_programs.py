@@ -11,8 +11,10 @@ def keep(tmp_path_factory):
   base = tmp_path_factory.getbasetemp()
   if "PYTEST_XDIST_WORKER" in os.environ:
     base = base.parent
+  # Whoever was started by a test of another session shares its folder.
+  folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(base / "compiled"))
   for name, value in {
-    "jax_compilation_cache_dir": str(base / "compiled"),
+    "jax_compilation_cache_dir": folder,
     "jax_persistent_cache_min_compile_time_secs": 0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
   }.items():
