@@ -521,7 +521,7 @@ def test_frozen_dicts_and_bare_arrays_are_parameters():
 
 
 def test_quantised_states_lose_what_was_measured():
-  """Of a step's direction; docs/optimizers.md has figures for a model."""
+  """Of a step's direction; the loss on a model is not measured."""
   grads = gradients({"w": (32, 32)}, 30)
   late = refresh(interval=5, delay=3)
   exact, _ = run(transform(refresh=late), grads)
