@@ -235,6 +235,8 @@ def _counted_elsewhere(
   known = (task, run.train_split), ("", "")
   if release is None or (release.task, release.split) in known:
     return ()
+  if not release.fixed_seed:  # a smaller unit is refused in its own words
+    release.other(run.privacy.unit, run.privacy.relation)
   told = (
     f"words were counted by {release.unit} of {release.task!r} (split"
     f" {release.split!r}), but this run trains on {task!r} (split"
