@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 UV_VERSION := 0.13.8
 DEMO_DIR ?= runs/demo
 
-.PHONY: demo test check lock clean
+.PHONY: demo test faults check lock clean
 
 $(VENV)/.ready: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dptrain needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
@@ -24,8 +24,11 @@ check: $(VENV)/.ready  ## format, lint, types, import floors
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check  ## every check and every test
-	$(BIN)/pytest -n 2
+test: check  ## every check, and every test but the seeded faults
+	$(BIN)/pytest -n 2 -m "not faults"
+
+faults: $(VENV)/.ready  ## break copies of the package: each time a test must turn red
+	$(BIN)/pytest -n 2 -m faults tests
 
 lock:  ## resolve the newest allowed versions into requirements.lock
 	$(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --group dev pyproject.toml -o requirements.lock

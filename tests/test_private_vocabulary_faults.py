@@ -5,6 +5,9 @@ import pytest
 import broken_copies
 from broken_copies import Fault
 
+pytestmark = pytest.mark.faults
+
+
 COUNTS = "privacy/word_counts.py"
 TESTS = "privacy/test_word_counts.py::"
 

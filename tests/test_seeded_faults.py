@@ -10,6 +10,9 @@ import pytest
 import broken_copies
 from broken_copies import Fault
 
+pytestmark = pytest.mark.faults
+
+
 FAULTS = {
   "blocks of records that draw alike": Fault(
     "privacy/sampling.py",

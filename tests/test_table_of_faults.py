@@ -12,6 +12,9 @@ import pytest
 
 import broken_copies
 
+pytestmark = pytest.mark.faults
+
+
 AUDIT = (
   "auditing/test_audit.py::test_the_bound_is_below_the_claim_and_above_a_third"
   "_of_it[1]"
