@@ -1,3 +1,4 @@
+from hypothesis import example
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -70,6 +71,8 @@ def test_float64_matrices_up_to_condition_1e6(method, p):
   scale=st.floats(-25, 25),
   seed=st.integers(0, 2**16),
 )
+# The largest entry of Newton's residual grows here on the way.
+@example(p=4, method="newton", condition=19.0, scale=0.0, seed=30441)
 def test_any_scale_and_condition(p, method, condition, scale, seed):
   a = matrix(8, condition, seed, 10.0**scale).astype(np.float32)
   found = rooted(jnp.asarray(a)[None], p, settings(method, ridge=1e-9))
