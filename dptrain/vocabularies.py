@@ -14,7 +14,7 @@ from dptrain.privacy import accounting
 from dptrain.privacy import calibration
 from dptrain.privacy import keys
 from dptrain.privacy import word_counts
-from dptrain.reports import report
+from dptrain.reports import layout
 
 VOCAB_TXT = ".vocab.txt"
 # Of delta: the rest is for the noise.
@@ -211,6 +211,6 @@ def _price(
     relation,
   ).value
   return (
-    f"epsilon {report.rounded_up(epsilon)}, delta {arguments.delta:g} for one"
+    f"epsilon {layout.rounded_up(epsilon)}, delta {arguments.delta:g} for one"
     f" {told.unit} (noise multiplier {told.noise_multiplier:g})"
   )

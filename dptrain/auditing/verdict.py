@@ -13,7 +13,7 @@ from jax_privacy import auditing
 import numpy as np
 from scipy import stats
 
-from dptrain.reports import report
+from dptrain.reports import layout
 
 # Of the two direct measurements: no audit should fail by chance for them.
 MEASUREMENT_SIGNIFICANCE = 1e-6
@@ -200,7 +200,7 @@ class Verdict:
       if bound > limit:
         found.append(
           f"The lower bound for {name}, {bound:.4g}, exceeds the"
-          f" {report.rounded_up(limit)} that is claimed."
+          f" {layout.rounded_up(limit)} that is claimed."
         )
     if measured is not None:
       if measured.noise_multiplier_at_most < self.noise_multiplier:
@@ -247,8 +247,8 @@ class Verdict:
   def as_text(self) -> str:
     """The verdict as text for people, lines of at most 80 columns."""
     lines = ["Privacy audit", "=============", ""]
-    lines += [*report.paragraph(self.statement()), ""]
-    lines += [*report.table(self._facts()), ""]
+    lines += [*layout.paragraph(self.statement()), ""]
+    lines += [*layout.table(self._facts()), ""]
     return "\n".join(lines)
 
   def _facts(self) -> list[tuple[str, str]]:
@@ -257,14 +257,14 @@ class Verdict:
     facts = [
       (
         "claim",
-        f"epsilon {report.rounded_up(self.epsilon)} at delta {self.delta:g},"
+        f"epsilon {layout.rounded_up(self.epsilon)} at delta {self.delta:g},"
         f" by the ledger of this run{claimed}",
       ),
       (
         "lower bound, f-DP",
         f"{guesses.epsilon_one_run_fdp:.4g} (arXiv 2410.22235; against the"
         " Gaussian mechanism that covers the claim, epsilon"
-        f" {report.rounded_up(self.gaussian_epsilon)})",
+        f" {layout.rounded_up(self.gaussian_epsilon)})",
       ),
       (
         "lower bound, DP",

@@ -9,7 +9,7 @@ from typing import Any
 from dptrain.privacy import accounting
 from dptrain.privacy import plan as plan_lib
 from dptrain.privacy import schedule
-from dptrain.reports import report
+from dptrain.reports import layout
 from dptrain.reports import scaling_law
 
 _CAVEAT = (
@@ -85,16 +85,16 @@ class Advice:
   def as_text(self) -> str:
     """The advice as text for people, lines of at most 80 columns."""
     lines = [
-      *report.paragraph(_CAVEAT),
+      *layout.paragraph(_CAVEAT),
       "",
-      *report.table([*self.asked(), *self.predicted()]),
+      *layout.table([*self.asked(), *self.predicted()]),
       "",
       "dptrain's own price of those updates",
-      *report.table(self.own()),
+      *layout.table(self.own()),
     ]
     if self.warnings:
-      lines += ["", "Beware", *report.bullets(self.warnings)]
-    lines += ["", "To go on from here", *report.typed(self.command())]
+      lines += ["", "Beware", *layout.bullets(self.warnings)]
+    lines += ["", "To go on from here", *layout.typed(self.command())]
     return "\n".join(lines) + "\n"
 
   def caveat(self) -> str:
@@ -158,7 +158,7 @@ class Advice:
       (
         "noise multiplier",
         f"{plan.noise_multiplier:g}: epsilon"
-        f" {report.rounded_up(epsilon.value)} ({epsilon.accountant},"
+        f" {layout.rounded_up(epsilon.value)} ({epsilon.accountant},"
         f" {epsilon.settings}), Poisson sampling, {plan.relation}",
       ),
       ("sampling prob", f"{plan.sampling_prob(0):.4g}"),

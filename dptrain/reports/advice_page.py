@@ -4,14 +4,14 @@ import html
 from typing import Any
 
 from dptrain.reports import advice as advice_lib
+from dptrain.reports import layout
 from dptrain.reports import page
-from dptrain.reports import report
 from dptrain.reports import scaling_law
 
 
 def make_page(made: advice_lib.Advice) -> str:
   """The page of an advice, as HTML; it loads nothing from anywhere."""
-  typed = "\n".join(report.typed(made.command()))
+  typed = "\n".join(layout.typed(made.command()))
   parts = [
     page.claim(made.caveat()),
     "<h2>The budget</h2>",

@@ -14,6 +14,7 @@ from dptrain.privacy import calibration
 from dptrain.privacy import others as others_lib
 from dptrain.privacy import plan as plan_lib
 from dptrain.privacy import schedule as schedule_lib
+from dptrain.reports import layout
 from dptrain.reports import report
 
 
@@ -138,7 +139,10 @@ class Forecast:
     if plan.relation == "add_or_remove_one":
       estimated = " (a public estimate)"
     rows = [
-      ("epsilon", f"{report.rounded_up(epsilon.value)} ({epsilon.accountant})"),
+      (
+        "epsilon",
+        f"{layout.rounded_up(epsilon.value)} ({epsilon.accountant})",
+      ),
       ("delta", f"{plan.delta:g}"),
       ("noise multiplier", f"{plan.noise_multiplier:g}"),
       ("records", f"{plan.num_examples:,}{estimated}"),
@@ -146,7 +150,7 @@ class Forecast:
       ("examples", f"{self.examples:,} (expected), {self.epochs:.3g} epochs"),
       (
         "without amplification",
-        f"epsilon {report.rounded_up(self.epsilon_without_amplification)}",
+        f"epsilon {layout.rounded_up(self.epsilon_without_amplification)}",
       ),
     ]
     rows += _metrics(self)

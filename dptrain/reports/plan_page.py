@@ -8,8 +8,10 @@ from dptrain.privacy import accounting
 from dptrain.privacy import others as others_lib
 from dptrain.reports import curves
 from dptrain.reports import forecast as forecast_lib
+from dptrain.reports import layout
 from dptrain.reports import page
 from dptrain.reports import report
+from dptrain.reports import wording
 
 _Draw = tuple[Callable[[Any], None], str]
 
@@ -62,8 +64,8 @@ def _claim(made: forecast_lib.Forecast) -> str:
   plan = made.plan
   told = (
     f"A plan, not a run. All {plan.num_steps:,} updates together would be"
-    f" ({report.rounded_up(made.epsilon.value)}, {plan.delta:g})-differentially"
-    f" private. Protected would be {report.UNITS[plan.unit]}."
+    f" ({layout.rounded_up(made.epsilon.value)}, {plan.delta:g})-differentially"
+    f" private. Protected would be {wording.UNITS[plan.unit]}."
   )
   steps = made.affordable_steps
   if steps is not None and steps < plan.num_steps:
@@ -213,8 +215,8 @@ def _dots(
 def _assumptions(made: forecast_lib.Forecast) -> list[str]:
   plan = made.plan
   assumed = [
-    f"Neighbouring corpora: {report.RELATION_TEXT[plan.relation]}.",
-    f"Sampling, {report.SAMPLING_TEXT[plan.sampling]}.",
+    f"Neighbouring corpora: {wording.RELATION_TEXT[plan.relation]}.",
+    f"Sampling, {wording.SAMPLING_TEXT[plan.sampling]}.",
     *_ALWAYS_ASSUMED,
   ]
   assumed += [
@@ -250,11 +252,11 @@ def _others(made: forecast_lib.Forecast) -> str:
 
 def _again(made: forecast_lib.Forecast, command: Sequence[str]) -> str:
   plan, epsilon = made.plan, made.epsilon
-  typed = "\n".join(report.typed(command))
+  typed = "\n".join(layout.typed(command))
   how = f"{epsilon.accountant}, {epsilon.settings}"
   versions = ", ".join(f"{k} {v}" for k, v in report.versions().items())
   bounds = [
-    f"by {name} {report.rounded_up(bound)}"
+    f"by {name} {layout.rounded_up(bound)}"
     for name, bound in (("RDP", epsilon.rdp), ("PLD", epsilon.pld))
     if bound is not None
   ]

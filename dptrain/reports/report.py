@@ -3,68 +3,24 @@
 Everything in it is computed from the ledger alone.
 """
 
-from collections.abc import Mapping, Sequence
 import dataclasses
 import datetime
-import decimal
 import importlib.metadata
 import json
 import math
 import pathlib
-import shlex
-import textwrap
 from typing import Any
 
 from dptrain.privacy import accounting
 from dptrain.privacy import ledger as ledger_lib
 from dptrain.privacy import plan as plan_lib
 from dptrain.privacy import rounds
+from dptrain.reports import layout
+from dptrain.reports import wording
 
 TEXT_FILE = "privacy_report.txt"
 JSON_FILE = "privacy_report.json"
 
-UNITS = {
-  "record": "one record: one fixed-length token sequence of the corpus",
-  "document": "one document",
-  "user": "one user: everything of theirs in the corpus",
-}
-RELATION_TEXT = {
-  "zero_out": (
-    "zero-out: two corpora of the same public size that differ in one unit,"
-    " which one of them replaces by a unit that contributes nothing"
-  ),
-  "replace_one": (
-    "replace-one: two corpora of the same public size that differ in one unit"
-  ),
-  "add_or_remove_one": (
-    "add-or-remove-one: two corpora, one of which has one unit more; how many"
-    " there are is private"
-  ),
-}
-SAMPLING_TEXT = {
-  "poisson": "poisson: each record independently, at each update",
-  "truncated_poisson": (
-    "truncated poisson: each record independently, at each update; a sample"
-    " beyond the limit is cut to it at random, which is priced"
-  ),
-  "without_replacement": (
-    "without replacement: a uniformly random set of a fixed size, at each"
-    " update"
-  ),
-  "shuffled": (
-    "shuffled: passes over all records in random order, priced without"
-    " amplification: a record takes part once in each round (pass)"
-  ),
-  "balls_in_bins": (
-    "balls in bins: each record in one of several bins, at random, which take"
-    " turns; priced without amplification: a record takes part once in each"
-    " round"
-  ),
-  "cyclic_poisson": (
-    "cyclic poisson: groups of records take turns, at random within the group;"
-    " a record takes part at most once in each round"
-  ),
-}
 _PUBLIC_NUMBER = "The number of {}s is treated as public."
 # True of every run, whatever its configuration.
 _ALWAYS_UNPROTECTED = (
@@ -140,16 +96,16 @@ class PrivacyReport:
         "Privacy report",
         "==============",
         "",
-        *paragraph(self.statement()),
+        *layout.paragraph(self.statement()),
         "",
-        *table(self.facts()),
+        *layout.table(self.facts()),
         "",
         "Released, over all branches",
         *self._released(),
         "",
-        *declared_public(self.public),
+        *wording.declared_public(self.public),
         "Not protected",
-        *bullets(self.unprotected),
+        *layout.bullets(self.unprotected),
         "",
         "Computed from the ledger by "
         + ", ".join(f"{k} {v}" for k, v in self.versions.items()),
@@ -172,7 +128,7 @@ class PrivacyReport:
       metrics += " the vocabulary,"
     return (
       f"The trained parameters,{metrics} and every checkpoint of every branch,"
-      f" together are ({rounded_up(self.epsilon.value)},"
+      f" together are ({layout.rounded_up(self.epsilon.value)},"
       f" {self.delta})-differentially"
       " private."
       f" Protected is {self.unit}."
@@ -182,15 +138,15 @@ class PrivacyReport:
     """Its terms, as pairs of a name and a value."""
     eps, plan = self.epsilon, self.plan
     budget = plan["target_epsilon"]
-    rdp = rounded_up(eps.rdp) if eps.rdp is not None else "none"
-    pld = rounded_up(eps.pld) if eps.pld is not None else eps.note
-    unamplified = rounded_up(self.epsilon_without_amplification)
+    rdp = layout.rounded_up(eps.rdp) if eps.rdp is not None else "none"
+    pld = layout.rounded_up(eps.pld) if eps.pld is not None else eps.note
+    unamplified = layout.rounded_up(self.epsilon_without_amplification)
     return [
       ("privacy unit", self.unit),
       ("neighbouring corpora", self.relation),
       (
         "epsilon",
-        f"{rounded_up(eps.value)} ({eps.accountant}, {eps.settings})",
+        f"{layout.rounded_up(eps.value)} ({eps.accountant}, {eps.settings})",
       ),
       ("delta", f"{self.delta}"),
       ("epsilon by RDP / PLD", f"{rdp} / {pld}"),
@@ -200,12 +156,14 @@ class PrivacyReport:
       ),
       ("budget", "none" if budget is None else f"epsilon {budget:g}"),
       (
-        f"{sampled(plan)}s",
+        f"{wording.sampled(plan)}s",
         f"{plan['num_examples']:,}{self._estimated()}",
       ),
       (
         "sampling",
-        SAMPLING_TEXT[plan["sampling"]].replace("record", sampled(plan)),
+        wording.SAMPLING_TEXT[plan["sampling"]].replace(
+          "record", wording.sampled(plan)
+        ),
       ),
       ("clipping", self._clipping()),
       ("noise multiplier", f"{plan['noise_multiplier']:g}{self._banded()}"),
@@ -242,8 +200,8 @@ class PrivacyReport:
     if self.plan["sampling"] in rounds.UNAMPLIFIED:
       return "the same: none is claimed for this sampling"
     if self.num_rounds != self.num_releases:
-      return f"as if every round had read every {sampled(self.plan)}"
-    return f"as if every update had read every {sampled(self.plan)}"
+      return f"as if every round had read every {wording.sampled(self.plan)}"
+    return f"as if every update had read every {wording.sampled(self.plan)}"
 
   def _estimated(self) -> str:
     private = self.plan["relation"] == "add_or_remove_one"
@@ -318,8 +276,8 @@ def make_report(ledger: ledger_lib.Ledger) -> PrivacyReport:
     plan=plan,
     clip_norm=_clip_norm(plan),
     private_metrics=private_metrics(plan),
-    unit=_unit(plan),
-    relation=RELATION_TEXT[plan["relation"]],
+    unit=wording.unit(plan),
+    relation=wording.RELATION_TEXT[plan["relation"]],
     delta=plan["delta"],
     epsilon=accounting.epsilon(releases, left, plan["relation"]),
     epsilon_without_amplification=accounting.epsilon_without_amplification(
@@ -346,38 +304,12 @@ def make_report(ledger: ledger_lib.Ledger) -> PrivacyReport:
       *(
         []
         if plan["relation"] == "add_or_remove_one"
-        else [_PUBLIC_NUMBER.format(sampled(plan))]
+        else [_PUBLIC_NUMBER.format(wording.sampled(plan))]
       ),
       *_ALWAYS_UNPROTECTED,
     ],
     versions=versions(),
   )
-
-
-def declared_public(pieces: Sequence[Mapping[str, str]]) -> list[str]:
-  """Lines about what entered a run as public; none if there is nothing."""
-  if not pieces:
-    return []
-  told = [f"{piece['what']}: {piece['fingerprint'][:16]}" for piece in pieces]
-  return ["Declared public (taken on trust; fingerprints)", *bullets(told), ""]
-
-
-def sampled(plan: Mapping[str, Any]) -> str:
-  """What an update samples, and counts, in a word."""
-  by_record = plan.get("unit_sampling", "units") == "records"
-  return "record" if by_record else str(plan["unit"])
-
-
-def _unit(plan: dict[str, Any]) -> str:
-  """The privacy unit in words."""
-  named = plan.get("unit_name") or UNITS[plan["unit"]]
-  if plan["unit"] == "record":
-    return named
-  k = plan["records_per_unit"]
-  told = f"{named} (of which at most {k} records of fixed length take part"
-  if plan["unit_sampling"] == "units":
-    return f"{told}, as one example)"
-  return f"{told}, each sampled on its own; groups of {k} are priced)"
 
 
 def _clip_norm(plan: dict[str, Any]) -> dict[str, Any]:
@@ -453,51 +385,3 @@ def versions() -> dict[str, str]:
     name: importlib.metadata.version(name)
     for name in ("dptrain", "dp-accounting")
   }
-
-
-def rounded_up(bound: float) -> str:
-  """Four digits, never below `bound`: less would claim too much."""
-  context = decimal.Context(prec=4, rounding=decimal.ROUND_CEILING)
-  return f"{float(context.create_decimal_from_float(bound)):.4g}"
-
-
-def paragraph(text: str) -> list[str]:
-  """Lines of at most 80 columns."""
-  return textwrap.wrap(text, 80)
-
-
-def bullets(texts: list[str]) -> list[str]:
-  """Each text with a dash in front, wrapped."""
-  return [
-    line
-    for text in texts
-    for line in textwrap.wrap(
-      text, 78, initial_indent="  - ", subsequent_indent="    "
-    )
-  ]
-
-
-def table(rows: list[tuple[str, str]]) -> list[str]:
-  """Names and values in two columns, wrapped."""
-  width = max(len(name) for name, _ in rows) + 2
-  return [
-    line
-    for name, value in rows
-    for line in textwrap.wrap(
-      value,
-      80,
-      initial_indent=f"{name:{width}}",
-      subsequent_indent=" " * width,
-    )
-  ]
-
-
-def typed(command: Sequence[str]) -> list[str]:
-  """A command in lines of at most 80 columns that a shell takes as one."""
-  lines = [""]
-  for word in command:
-    word = shlex.quote(word)
-    if lines[-1] and len(lines[-1]) + len(word) > 77:
-      lines.append("   ")
-    lines[-1] += f" {word}" if lines[-1] else word
-  return [f"{line} \\" for line in lines[:-1]] + lines[-1:]

@@ -10,9 +10,11 @@ from dptrain.privacy import ledger as ledger_lib
 from dptrain.privacy import mechanisms
 from dptrain.privacy import others as others_lib
 from dptrain.reports import curves
+from dptrain.reports import layout
 from dptrain.reports import page
 from dptrain.reports import released_metrics
 from dptrain.reports import report as report_lib
+from dptrain.reports import wording
 
 _MAX_POINTS = 40  # of a learning curve: means of more updates have less noise
 _UNITS = {"gradient_norm": " / clip norm"}
@@ -189,8 +191,8 @@ def _groups(
   limit = f"over {accounting.MAX_EPSILON_FOR_PLD:g}"
   rows = [
     [
-      f"{size} {report_lib.sampled(made.plan)}s",
-      limit if value is None else report_lib.rounded_up(value),
+      f"{size} {wording.sampled(made.plan)}s",
+      limit if value is None else layout.rounded_up(value),
     ]
     for size, value in found.items()
   ]

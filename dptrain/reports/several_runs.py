@@ -9,7 +9,9 @@ from typing import Any
 from dptrain.privacy import accounting
 from dptrain.privacy import ledger as ledger_lib
 from dptrain.privacy import others as others_lib
+from dptrain.reports import layout
 from dptrain.reports import report as report_lib
+from dptrain.reports import wording
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,7 @@ class JointReport:
       ("composed by", how),
       ("delta", f"{self.delta}"),
       *(
-        (name, f"epsilon {report_lib.rounded_up(value)} alone")
+        (name, f"epsilon {layout.rounded_up(value)} alone")
         for name, value in self.runs.items()
       ),
     ]
@@ -67,19 +69,19 @@ class JointReport:
         "Privacy report of several runs",
         "==============================",
         "",
-        *report_lib.paragraph(self._statement()),
+        *layout.paragraph(self._statement()),
         "",
-        *report_lib.table(facts),
+        *layout.table(facts),
         "",
-        *report_lib.declared_public(self.public),
+        *wording.declared_public(self.public),
         "Not protected",
-        *report_lib.bullets(self.unprotected),
+        *layout.bullets(self.unprotected),
         "",
       ]
     )
 
   def _statement(self) -> str:
-    bound = f"({report_lib.rounded_up(self.epsilon)}, {self.delta})"
+    bound = f"({layout.rounded_up(self.epsilon)}, {self.delta})"
     if not self.claim:
       return (
         "FIXED SEED: NO PRIVACY CLAIM. The noise of at least one run can be"

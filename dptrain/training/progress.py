@@ -10,6 +10,7 @@ from typing import Any
 import tqdm
 
 from dptrain.privacy import ledger as ledger_lib
+from dptrain.reports import layout
 from dptrain.reports import report
 from dptrain.training import processes
 from dptrain.training import run as run_lib
@@ -155,7 +156,7 @@ def summary(
     )
   claimed = "" if claim else "   FIXED SEED: NO PRIVACY CLAIM"
   lines += [
-    f"privacy                epsilon {report.rounded_up(result.epsilon)}, delta"
+    f"privacy                epsilon {layout.rounded_up(result.epsilon)}, delta"
     f" {result.delta:g}{claimed}",
     f"model                  {directory / 'checkpoints'}",
     f"privacy report         {directory / 'privacy_report.txt'}",

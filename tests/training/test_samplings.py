@@ -15,6 +15,7 @@ from dptrain.privacy import keys
 from dptrain.privacy import ledger as ledger_lib
 from dptrain.privacy import noise
 from dptrain.reports import report as report_lib
+from dptrain.reports import wording
 from dptrain.training import lineage
 from dptrain.training import loop
 from dptrain.training import step as step_lib
@@ -78,7 +79,7 @@ def test_the_ledger_prices_what_the_loop_drew(kind, tmp_path, monkeypatch):
   assert told.num_releases == 6
   assert told.num_rounds == sum(r.count for r in ledger.releases())
   text = told.as_text()
-  assert report_lib.SAMPLING_TEXT[kind].split(":")[0] in text
+  assert wording.SAMPLING_TEXT[kind].split(":")[0] in text
   assert ("number of records is treated as public" in text) == (
     kind != "balls_in_bins"
   )
