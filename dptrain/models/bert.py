@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from dptrain.models import encoder_layer
+from dptrain.models import ngrammer as ngrammer_lib
 
 PAD_ID = 0
 
@@ -90,6 +91,8 @@ class Bert(nn.Module):
       compile time flat in depth.
     remat: recompute each layer in the backward pass instead of storing its
       activations.
+    ngrammer: of a layer that augments embeddings, or what goes into a later
+      encoder layer, by n-grams (`dptrain.models.ngrammer`); None: no such.
   """
 
   vocab_size: int
@@ -106,6 +109,7 @@ class Bert(nn.Module):
   logit_scale: float | None = None
   scan_layers: bool = False
   remat: bool = False
+  ngrammer: ngrammer_lib.NGrammerSettings | None = None
 
   def __post_init__(self) -> None:
     """Validates the settings.
@@ -139,6 +143,7 @@ class Bert(nn.Module):
         f"Bert.logit_scale={scale} must be positive and finite, such as 16, or"
         " None for inner products"
       )
+    _check_ngrammer(self)
     super().__post_init__()
 
   @nn.compact
@@ -149,6 +154,7 @@ class Bert(nn.Module):
     *,
     deterministic: bool = True,
     read_out: ReadOut | None = None,
+    cluster_table: jax.Array | None = None,
   ) -> Any:
     """Scores the vocabulary at the masked positions.
 
@@ -159,18 +165,26 @@ class Bert(nn.Module):
       deterministic: switches dropout off; otherwise `apply` wants a "dropout"
         key.
       read_out: what is made of the hidden states; None: all logits.
+      cluster_table: [V, H] int32 of `ngrammer.cluster_table`, which saves
+        looking for the nearest clusters; None: they are looked for.
 
     Returns:
       [B, M, V] float32 logits, or what `read_out` returns.
 
     Raises:
-      ValueError: if T exceeds `max_length`.
+      ValueError: if T exceeds `max_length`, or a cluster table has no use.
     """
     length = inputs.shape[-1]
     if length > self.max_length:
       raise ValueError(
         f"inputs have length {length}, over Bert.max_length="
         f"{self.max_length}; shorten them or raise Bert.max_length"
+      )
+    place, _ = _ngrammer_place(self.ngrammer)
+    if cluster_table is not None and (place or self.ngrammer is None):
+      raise ValueError(
+        "cluster_table is given, but no N-Grammer in front of layer 0 reads it;"
+        " leave it out"
       )
     # float32: this table is also the output matrix, which makes the logits.
     tokens = nn.Embed(
@@ -180,7 +194,8 @@ class Bert(nn.Module):
       embedding_init=encoder_layer.named_kernel("vocab", "embed"),
       name="token_embedding",
     )
-    x = self._embed(tokens, inputs, deterministic)
+    clusters = None if cluster_table is None else cluster_table[inputs]
+    x = self._embed(tokens, inputs, deterministic, clusters)
     x = self._encode(x, (inputs != PAD_ID)[:, None, None, :], deterministic)
     x = jnp.take_along_axis(x, positions[..., None], axis=1)
     x = nn.Dense(
@@ -203,8 +218,18 @@ class Bert(nn.Module):
     cosines = unit(x) @ unit(tokens.embedding).T
     return bias(self.logit_scale * cosines)
 
+  def _ngrammer(self) -> ngrammer_lib.NGrammer:
+    settings: Any = self.ngrammer
+    return ngrammer_lib.NGrammer(
+      settings, self.num_heads, self.layer_norm_epsilon, name="ngrammer"
+    )
+
   def _embed(
-    self, tokens: nn.Embed, inputs: jax.Array, deterministic: bool
+    self,
+    tokens: nn.Embed,
+    inputs: jax.Array,
+    deterministic: bool,
+    clusters: jax.Array | None,
   ) -> jax.Array:
     """Returns [B, T, D]: token plus position, normalised if post-LN."""
     positions = nn.Embed(
@@ -217,7 +242,10 @@ class Bert(nn.Module):
     # One row of ids per example: a shared row would hide the batch dimension
     # from whoever intercepts this layer for per-example gradients.
     ids = jnp.broadcast_to(jnp.arange(inputs.shape[-1]), inputs.shape)
-    x = tokens(inputs) + positions(ids)
+    x = tokens(inputs)
+    if self.ngrammer is not None and self.ngrammer.before_layer == 0:
+      x = self._ngrammer()(x, inputs != PAD_ID, cluster_ids=clusters)
+    x += positions(ids)
     if self.layer_norm == "post":
       x = encoder_layer.layer_norm(
         "embedding_norm", self.layer_norm_epsilon, self.dtype
@@ -253,8 +281,13 @@ class Bert(nn.Module):
         metadata_params={nn.PARTITION_NAME: "layers"},
       )(**settings, name="layers")(x, mask)
     else:
+      place, asks = _ngrammer_place(self.ngrammer)
+      weights = None
       for i in range(self.num_layers):
-        x, _ = layer(**settings, name=f"layer_{i}")(x, mask)
+        if place and i == place:
+          x = self._ngrammer()(x, mask[:, 0, 0], attention=weights)
+        settings["hand_out_attention"] = asks and i + 1 == place
+        x, weights = layer(**settings, name=f"layer_{i}")(x, mask)
     if self.layer_norm == "pre":
       x = encoder_layer.layer_norm(
         "final_norm", self.layer_norm_epsilon, self.dtype
@@ -274,6 +307,28 @@ def _dtype_name(dtype: Any) -> str:
     return str(jnp.dtype(dtype))
   except TypeError:
     return repr(dtype)
+
+
+def _ngrammer_place(
+  settings: ngrammer_lib.NGrammerSettings | None,
+) -> tuple[int, bool]:
+  """In front of which layer, 0 for none; whether it reads attention."""
+  if settings is None:
+    return 0, False
+  return settings.before_layer, settings.pairing == "attention"
+
+
+def _check_ngrammer(bert: Bert) -> None:
+  """Raises ValueError unless the N-Grammer's settings fit the encoder's."""
+  settings: Any = bert.ngrammer
+  if settings is None:
+    return
+  if not isinstance(settings, ngrammer_lib.NGrammerSettings):
+    raise ValueError(
+      f"Bert.ngrammer={settings!r} must be an NGrammerSettings or None; in gin,"
+      " @ngrammer.NGrammerSettings()"
+    )
+  settings.check(bert.width, bert.num_heads, bert.num_layers, bert.scan_layers)
 
 
 def _check_sizes(bert: Bert) -> None:

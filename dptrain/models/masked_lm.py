@@ -19,10 +19,12 @@ import jax.numpy as jnp
 from dptrain.models import axes
 from dptrain.models import bert as bert_lib
 from dptrain.models import losses as losses_lib
+from dptrain.models import ngrammer
 from dptrain.models import sampled_softmax
 
 Params = dict[str, Any]
 Batch = Mapping[str, jax.Array]
+Terms = dict[str, jax.Array]  # [B] each, by the names of `ngrammer`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,14 +107,20 @@ class MaskedLanguageModel:
       [B] float32 arrays: `loss_sum` (cross-entropy summed over masked tokens),
       `correct` (right predictions) and `masked` (sum of weights). Under
       sampling, cross-entropy is estimated, and a prediction is right if the
-      label beats all classes that were drawn.
+      label beats all classes that were drawn. What an N-Grammer's codebooks
+      learn from adds its gradient to that of the losses, and 0 to their value.
+      With learning="unprotected" it does not, but is there as
+      `codebook_term`, whose value means nothing: its gradient by codebooks is
+      an example's sums and counts.
     """
     labels, log_weights = batch["labels"], None
     if self.sampling is None or keys is None:
-      logits = self._logits(params, batch, keys)
+      logits, terms = self._logits(params, batch, keys)
       log_probs = jax.nn.log_softmax(logits, axis=-1)
     else:
-      logits, log_weights = self._sampled(params, batch, keys, self.sampling)
+      (logits, log_weights), terms = self._sampled(
+        params, batch, keys, self.sampling
+      )
       log_probs = jax.nn.log_softmax(logits + log_weights, axis=-1)
       labels = jnp.zeros_like(labels)
     picked = jnp.take_along_axis(log_probs, labels[..., None], axis=-1)[..., 0]
@@ -129,10 +137,14 @@ class MaskedLanguageModel:
     losses = jnp.where(
       masked > 0, trained_sum / jnp.where(masked > 0, masked, 1.0), 0.0
     )
+    if ngrammer.TRAINED in terms:
+      term = terms.pop(ngrammer.TRAINED)
+      losses += term - jax.lax.stop_gradient(term)
     aux = {
       "loss_sum": loss_sum,
       "correct": jnp.sum(weights * hits, axis=-1),
       "masked": masked,
+      **terms,
     }
     return losses, aux
 
@@ -161,28 +173,26 @@ class MaskedLanguageModel:
 
   def _logits(
     self, params: Params, batch: Batch, keys: jax.Array | None
-  ) -> jax.Array:
-    """Returns [B, M, V] logits, each example under its own key."""
+  ) -> tuple[jax.Array, Terms]:
+    """Returns [B, M, V] logits and terms, each example under its own key."""
     inputs, positions = batch["inputs"], batch["positions"]
-    variables = {"params": params}
     if keys is None or self.bert.dropout_rate == 0.0:
-      return jnp.asarray(self.bert.apply(variables, inputs, positions))
+      return self._applied(params, inputs, positions)
 
     # One dropout mask drawn for the whole batch would tie an example's loss to
     # its row and to the batch's size.
-    def one(
-      inputs: jax.Array, positions: jax.Array, key: jax.Array
-    ) -> jax.Array:
-      logits = self.bert.apply(
-        variables,
+    def one(inputs: jax.Array, positions: jax.Array, key: jax.Array) -> Any:
+      found = self._applied(
+        params,
         inputs[None],
         positions[None],
         deterministic=False,
         rngs={"dropout": key},
       )
-      return jnp.asarray(logits)[0]
+      return jax.tree.map(lambda x: x[0], found)
 
-    return _each(one, inputs, positions, keys)
+    logits, terms = _each(one, inputs, positions, keys)
+    return logits, terms
 
   def _sampled(
     self,
@@ -190,15 +200,15 @@ class MaskedLanguageModel:
     batch: Batch,
     keys: jax.Array,
     sampling: sampled_softmax.SampledSoftmax,
-  ) -> tuple[jax.Array, jax.Array]:
-    """Returns logits and log weights [B, M, 1 + K], the label's first."""
+  ) -> tuple[tuple[jax.Array, jax.Array], Terms]:
+    """Returns logits and log weights [B, M, 1 + K], label first; and terms."""
 
     def one(
       inputs: jax.Array, positions: jax.Array, labels: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> Any:
       dropout, draws = jax.random.split(key)
-      found = self.bert.apply(
-        {"params": params},
+      found = self._applied(
+        params,
         inputs[None],
         positions[None],
         deterministic=self.bert.dropout_rate == 0.0,
@@ -207,12 +217,29 @@ class MaskedLanguageModel:
           labels[None], draws, self.bert.logit_scale or 1.0
         ),
       )
-      logits, log_weights = jax.tree.map(lambda x: x[0], found)
-      return logits, log_weights
+      return jax.tree.map(lambda x: x[0], found)
 
     rows = batch["inputs"], batch["positions"], batch["labels"]
-    logits, log_weights = _each(one, *rows, keys)
-    return logits, log_weights
+    scores, terms = _each(one, *rows, keys)
+    return scores, terms
+
+  def _applied(
+    self,
+    params: Params,
+    inputs: jax.Array,
+    positions: jax.Array,
+    **options: Any,
+  ) -> tuple[Any, Terms]:
+    """Returns what the encoder does, and terms of an N-Grammer."""
+    variables = {"params": params}
+    # An encoder of one's own may know nothing of N-Grammers.
+    if getattr(self.bert, "ngrammer", None) is None:
+      return self.bert.apply(variables, inputs, positions, **options), {}
+    found, state = self.bert.apply(
+      variables, inputs, positions, mutable=[ngrammer.TERMS], **options
+    )
+    sown = state[ngrammer.TERMS]["ngrammer"]
+    return found, {name: values[0] for name, values in sown.items()}
 
 
 def _each(one: Any, *rows: jax.Array) -> Any:
