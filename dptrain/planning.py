@@ -183,7 +183,11 @@ def _model_cost(run: Any) -> forecast_lib.ModelCost:
   import jax
 
   from dptrain.models import masked_lm
+  from dptrain.training import ngram_learning
 
+  optimizer = ngram_learning.optimizer_for(
+    run.model, run.optimizer, run.codebooks
+  )
   key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
   params = jax.eval_shape(run.model.init, key)
   number = masked_lm.num_parameters(params)
@@ -192,7 +196,7 @@ def _model_cost(run: Any) -> forecast_lib.ModelCost:
     sequence_length=run.sequence_length,
     memory={
       "parameters": _bytes(params),
-      "optimizer": _bytes(jax.eval_shape(run.optimizer.init, params)),
+      "optimizer": _bytes(jax.eval_shape(optimizer.init, params)),
       "clipped sum": 4 * number,
     },
   )

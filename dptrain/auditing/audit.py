@@ -23,6 +23,7 @@ from dptrain.training import checkpoints as checkpoints_lib
 from dptrain.training import examples as examples_lib
 from dptrain.training import loop
 from dptrain.training import mesh as mesh_lib
+from dptrain.training import ngram_learning
 from dptrain.training import preparation as preparation_lib
 from dptrain.training import progress
 from dptrain.training import records as records_lib
@@ -201,7 +202,10 @@ def _observed(
   run: run_lib.TrainingRun, plan: plan_lib.PrivacyPlan, num_canaries: int
 ) -> run_lib.TrainingRun:
   """The run with canaries' parameters beside the model's, and an observer."""
-  observer = observer_lib.Observer(run.optimizer, plan, num_canaries)
+  optimizer = ngram_learning.optimizer_for(
+    run.model, run.optimizer, run.codebooks
+  )
+  observer = observer_lib.Observer(optimizer, plan, num_canaries)
   return dataclasses.replace(
     run,
     model=observer_lib.CanaryModel(
@@ -210,7 +214,7 @@ def _observed(
       num_canaries=num_canaries,
       gradient_norm=observer.gradient_norm,
     ),
-    optimizer=observer.as_optimizer(),
+    optimizer=ngram_learning.complete(observer.as_optimizer()),
   )
 
 

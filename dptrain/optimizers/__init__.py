@@ -10,6 +10,8 @@
   grafting        the length of one optimizer's step, the direction of another's
   step_size_adaptation  steps that learn how long to be, around any optimizer
   scale_then_privatise  noise shared out as the gradients are (models.scaled)
+  codebook_learning  an N-Grammer's codebooks and tables, around any optimizer;
+    codebook_settings, codebook_means, ngram_parameters are its rooms
   second_moments  what privacy noise adds to squares, and how to take it off
   learning_rate   schedules
   weight_decay    which parameters decay

@@ -2,6 +2,7 @@
 
 from dptrain.privacy import ledger as ledger_lib
 from dptrain.privacy import others as others_lib
+from dptrain.training import ngram_learning
 from dptrain.training import records as records_lib
 from dptrain.training import run as run_lib
 
@@ -42,6 +43,8 @@ def declare(
       " gradient SNR) are logged without noise, because"
       " unprotected_training_metrics is on."
     )
+  if told := ngram_learning.unprotected(run.model):
+    ledger.declare_unprotected(told)
   for what in records.unprotected:
     ledger.declare_unprotected(what)
 

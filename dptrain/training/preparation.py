@@ -25,6 +25,7 @@ from dptrain.training import evaluation as evaluation_lib
 from dptrain.training import examples as examples_lib
 from dptrain.training import lineage as lineage_lib
 from dptrain.training import mesh as mesh_lib
+from dptrain.training import ngram_learning
 from dptrain.training import numerics
 from dptrain.training import objective as objective_lib
 from dptrain.training import public_data as public_data_lib
@@ -215,12 +216,15 @@ def prepare(
     rule=rules.ClippingRule(
       plan.clipping, plan.l2_clip_norm, plan.automatic_gamma
     ),
-    optimizer=run.optimizer,
+    optimizer=ngram_learning.optimizer_for(
+      run.model, run.optimizer, run.codebooks
+    ),
     collect_statistics=run.unprotected_training_metrics,
     clipping_method=clipping,
     microbatch_size=run.microbatch_size,
     adaptation=_adaptation(plan),
     metrics=_metrics(plan),
+    unprotected_codebooks=ngram_learning.unprotected_codebooks(run.model),
   )
   public = public_data_lib.examples(run.public_data, records.public, objective)
   return Preparation(

@@ -8,11 +8,13 @@ from dptrain.clipping import methods
 from dptrain.data import masking as masking_lib
 from dptrain.data import vocabulary as vocabulary_lib
 from dptrain.models import masked_lm
+from dptrain.optimizers import codebook_settings
 from dptrain.privacy import plan as plan_lib
 from dptrain.training import checkpoints as checkpoints_lib
 from dptrain.training import evaluation as evaluation_lib
 from dptrain.training import initial_weights as initial_weights_lib
 from dptrain.training import mesh as mesh_lib
+from dptrain.training import ngram_learning
 from dptrain.training import public_data as public_data_lib
 from dptrain.training import settings
 
@@ -43,6 +45,8 @@ class TrainingRun:
     evaluation: when to evaluate on the validation split.
     public_data: public records that take part, unclipped and without noise.
     initial_weights: where training starts; fresh parameters by default.
+    codebooks: rates and thresholds of an N-Grammer's codebooks and tables; not
+      read for a model without one.
     prepared: folder that `dptrain prepare` has written: train on its records,
       and never read the task. None: read and tokenise the task at each start.
     train_split: name of the task's split to train on.
@@ -85,6 +89,9 @@ class TrainingRun:
   initial_weights: initial_weights_lib.InitialWeights = dataclasses.field(
     default_factory=initial_weights_lib.InitialWeights
   )
+  codebooks: codebook_settings.CodebookSettings = dataclasses.field(
+    default_factory=codebook_settings.CodebookSettings
+  )
   prepared: str | None = None
   train_split: str = "train"
   validation_split: str | None = "validation"
@@ -126,6 +133,7 @@ class TrainingRun:
         " classes drawn by MaskedLanguageModel.sampling may differ between the"
         " norm and the sum; use 'auto' or 'one_pass'."
       )
+    ngram_learning.check_claim(self.model, self.fixed_seed)
     self.model.check(self.sequence_length, self.model.bert.vocab_size)
 
 

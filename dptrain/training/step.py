@@ -25,6 +25,7 @@ from dptrain.clipping import rules
 from dptrain.clipping import shares as shares_lib
 from dptrain.privacy import noise
 from dptrain.training import unprotected
+from dptrain.training import unprotected_codebooks as codebooks_lib
 
 Params = Any
 Batch = Any
@@ -38,12 +39,14 @@ class Accumulator(NamedTuple):
     statistics: None unless the step collects them.
     adapting: None if the clip norm is fixed.
     metrics: `PrivateMetrics.sums` so far, [K]; None without.
+    codebooks: `UnprotectedCodebooks.added` so far; None without.
   """
 
   gradients: Any
   statistics: unprotected.Statistics | None
   adapting: "Adapting | None" = None
   metrics: jax.Array | None = None
+  codebooks: Any = None
 
 
 class Adapting(NamedTuple):
@@ -107,6 +110,8 @@ class PrivateStep:
       loop on the device; it divides B. None: all B.
     adaptation: how the clip norm moves; None: it is fixed.
     metrics: what is released of losses and norms; None: nothing.
+    unprotected_codebooks: exact gradients for codebooks, instead of privatised
+      ones: whoever sets it has no guarantee.
   """
 
   loss_fn: per_example.PerExampleLoss
@@ -117,6 +122,7 @@ class PrivateStep:
   microbatch_size: int | None = None
   adaptation: adaptation_lib.NormAdaptation | None = None
   metrics: private_metrics.PrivateMetrics | None = None
+  unprotected_codebooks: codebooks_lib.UnprotectedCodebooks | None = None
 
   def __post_init__(self) -> None:
     if self.adaptation is not None and self.rule.kind == "automatic":
@@ -176,6 +182,9 @@ class PrivateStep:
       accumulator = accumulator._replace(adapting=adapting)
     if self.metrics is not None:
       accumulator = accumulator._replace(metrics=self.metrics.zeros())
+    if self.unprotected_codebooks is not None:
+      sums = self.unprotected_codebooks.zeros(params)
+      accumulator = accumulator._replace(codebooks=sums)
     if not self.collect_statistics:
       return accumulator
     key = jax.random.key(0, impl="threefry2x32")
@@ -287,6 +296,9 @@ class PrivateStep:
     )
     if public_gradient is not None:
       gradient = self._with_public(gradient, public_gradient, accumulator)
+    if (exact := self.unprotected_codebooks) is not None:
+      sums = accumulator.codebooks
+      gradient = exact.in_place(gradient, sums, expected_batch_size)
     inner = opt_state if adaptation is None else opt_state.opt_state
     # What noise does to second moments, an optimizer may want to take out.
     spread = stddev * unit_noise_stddev / expected_batch_size
@@ -368,6 +380,10 @@ class PrivateStep:
     if self.metrics is not None and accumulator.metrics is not None:
       metrics = self.metrics.sums(clipped, rule.l2_clip_norm)
       added = added._replace(metrics=accumulator.metrics + metrics)
+    if (exact := self.unprotected_codebooks) is not None:
+      keys, sums = _example_keys(batch, examples_key), accumulator.codebooks
+      sums = exact.added(sums, self.loss_fn, params, batch, keys)
+      added = added._replace(codebooks=sums)
     if accumulator.statistics is None:
       return added
     statistics = unprotected.sums(
@@ -384,14 +400,11 @@ class PrivateStep:
     examples_key: jax.Array,
     rule: rules.ClippingRule,
   ) -> per_example.ClippedSum:
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
-      examples_key, batch["example_ids"]
-    )
     return methods.clipped_sum(
       self.loss_fn,
       params,
       batch,
-      keys,
+      _example_keys(batch, examples_key),
       batch["is_padding"],
       rule,
       self.clipping_method,
@@ -404,3 +417,10 @@ class PrivateStep:
     return unprotected.sums(
       clipped, batch["is_padding"], self.rule.l2_clip_norm
     )
+
+
+def _example_keys(batch: Batch, examples_key: jax.Array) -> jax.Array:
+  """A key for each example, of its number alone."""
+  return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
+    examples_key, batch["example_ids"]
+  )

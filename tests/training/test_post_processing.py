@@ -14,6 +14,8 @@ import pytest
 
 from dptrain import configuration
 from dptrain.clipping import rules
+from dptrain.optimizers import codebook_learning
+from dptrain.optimizers import codebook_settings
 from dptrain.training import step as step_lib
 
 FOLDER = pathlib.Path(configuration.__file__).parents[1] / "gin" / "optimizers"
@@ -29,9 +31,15 @@ def optimizer_of(name):
   return run.optimizer
 
 
-def params_like():
+def params_like(ngrammer=False):
   """Matrices and vectors under the names that optimizers look at."""
   draw = np.random.default_rng(0)
+  if ngrammer:
+    tables = {
+      name: {"embedding": jnp.asarray(draw.normal(size=(6, 4)), jnp.float32)}
+      for name in ("codebook_0", "table_0", "right_table_0")
+    }
+    return params_like() | {"ngrammer": tables}
   return {
     "layer": {
       "kernel": jnp.asarray(draw.normal(size=(6, 4)), jnp.float32),
@@ -53,9 +61,9 @@ def unread(params, batch, keys):
   raise AssertionError("the loss is read after the noise")
 
 
-def trained(optimizer, sums, noises):
+def trained(optimizer, sums, noises, params=None):
   """Parameters and state after updates with these sums and this noise."""
-  params = params_like()
+  params = params_like() if params is None else params
   step = step_lib.PrivateStep(
     unread, rules.ClippingRule("flat", 1.0), optimizer
   )
@@ -76,10 +84,9 @@ def trained(optimizer, sums, noises):
   return params, state
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_privatised_gradient_is_all_that_an_optimizer_reads(name):
-  optimizer, draw = optimizer_of(name), np.random.default_rng(1)
-  like = params_like()
+def twice(optimizer, like):
+  """Two trainings of other sums and the same privatised gradients."""
+  draw = np.random.default_rng(1)
   privatised = [eighths(draw, like) for _ in range(STEPS)]
   results = []
   for _ in range(2):
@@ -88,11 +95,35 @@ def test_the_privatised_gradient_is_all_that_an_optimizer_reads(name):
       jax.tree.map(jnp.subtract, p, s)
       for p, s in zip(privatised, sums, strict=True)
     ]
-    results.append(trained(optimizer, sums, noises))
+    results.append(trained(optimizer, sums, noises, like))
+  return results
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_privatised_gradient_is_all_that_an_optimizer_reads(name):
+  results = twice(optimizer_of(name), params_like())
   jax.tree.map(np.testing.assert_array_equal, *results)
   begun = params_like()
   moved = jax.tree.map(lambda a, b: bool((a != b).any()), results[0][0], begun)
   assert moved["layer"]["kernel"]
+
+
+@pytest.mark.parametrize("learning", ["private", "gradient", "frozen"])
+def test_it_is_all_that_codebooks_and_tables_learn_from(learning):
+  optimizer = codebook_learning.learn_codebooks(
+    optimizer_of("adamw"),
+    codebook_settings.CodebookSettings(
+      mass_floor=0.5, restart_after=2, row_threshold=0.5
+    ),
+    learning=learning,
+    select_rows=True,
+  )
+  begun = params_like(ngrammer=True)
+  results = twice(optimizer, begun)
+  jax.tree.map(np.testing.assert_array_equal, *results)
+  for name, moves in (("table_0", True), ("codebook_0", learning != "frozen")):
+    before, after = (p["ngrammer"][name] for p in (begun, results[0][0]))
+    assert bool((before["embedding"] != after["embedding"]).any()) == moves
 
 
 def test_an_optimizer_that_reads_the_sum_is_seen():
