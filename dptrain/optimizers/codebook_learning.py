@@ -174,14 +174,10 @@ class _Rules(NamedTuple):
     key = jax.random.key(settings.seed, impl="threefry2x32")
     key = jax.random.fold_in(key, state.steps)
     leaves, treedef = jax.tree.flatten(codebooks)
-    parts = zip(
-      leaves,
-      jax.tree.leaves(sums),
-      jax.tree.leaves(state.empty_for),
-      strict=True,
-    )
-    moves, counts = [], []
-    for number, (codebook, gradient, empty_for) in enumerate(parts):
+
+    def learned(
+      number: Any, codebook: Any, gradient: Any, empty_for: Any
+    ) -> Any:
       new, live = codebook_means.moved(
         codebook, gradient, weights, settings, self.deviation_scale
       )
@@ -189,10 +185,17 @@ class _Rules(NamedTuple):
       new, empty_for = codebook_means.restarted(
         new, live, empty_for, own_key, settings
       )
-      moves.append((new - codebook).astype(codebook.dtype))
-      counts.append(empty_for)
-    return jax.tree.unflatten(treedef, moves), state._replace(
-      mass_noise=noise, empty_for=jax.tree.unflatten(treedef, counts)
+      return (new - codebook).astype(codebook.dtype), empty_for
+
+    # All heads at once: a program of its own for each takes long to compile.
+    moves, counts = jax.vmap(learned)(
+      jnp.arange(len(leaves)),
+      jnp.stack(leaves),
+      jnp.stack(jax.tree.leaves(sums)),
+      jnp.stack(jax.tree.leaves(state.empty_for)),
+    )
+    return jax.tree.unflatten(treedef, list(moves)), state._replace(
+      mass_noise=noise, empty_for=jax.tree.unflatten(treedef, list(counts))
     )
 
   def _others(
@@ -272,3 +275,9 @@ def _check_codebooks(codebooks: Any) -> None:
         f"learn_codebooks found a codebook of shape {leaf.shape}; it must be"
         " [clusters, head size + 1], the last column being masses"
       )
+  if len({(leaf.shape, str(leaf.dtype)) for leaf in leaves}) > 1:
+    shapes = ", ".join(str(leaf.shape) for leaf in leaves)
+    raise ValueError(
+      f"learn_codebooks found codebooks of several shapes ({shapes}) or types;"
+      " all heads must have the same"
+    )

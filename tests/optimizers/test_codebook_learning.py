@@ -385,6 +385,12 @@ def test_mistakes_are_named():
   narrow = {"ngrammer": {"codebook_0": {"embedding": jnp.ones((6, 1))}}}
   with pytest.raises(ValueError, match=r"codebook of shape \(6, 1\)"):
     make(sgd.sgd(0.1)).init(narrow)
+  pair = {"codebook_1": {"embedding": jnp.ones((6, 3))}}
+  pair |= {"codebook_0": {"embedding": jnp.ones((6, 2))}}
+  with pytest.raises(
+    ValueError, match=r"several shapes \(\(6, 2\), \(6, 3\)\)"
+  ):
+    make(sgd.sgd(0.1)).init({"ngrammer": pair})
   optimizer = make(sgd.sgd(0.1))
   with pytest.raises(ValueError, match="no noise_variance, which says"):
     optimizer.update(params, optimizer.init(params), params)
