@@ -1,4 +1,4 @@
-"""What optimizers are raced on: a quadratic, and a small BERT.
+"""What is raced on and studied: a quadratic, and small language models.
 
 Shapes: B batch, T length.
 """
@@ -26,6 +26,13 @@ from dptrain.training import step as step_lib
 BATCH, LENGTH, VOCABULARY = 64, 32, 512
 NOISE_BATCH_RATIO = 1e-3  # the demo's: 0.63 / 640
 CONVEX_SIZE, CONDITION = 64, 1e3  # of either side
+
+
+class Texts(NamedTuple):
+  """Records [N, T] to train on, and records to measure on."""
+
+  train: np.ndarray
+  held_out: np.ndarray
 
 
 class Problem(NamedTuple):
@@ -69,20 +76,23 @@ def convex() -> Problem:
 
 
 def language_model(noisy: bool, layers: int, width: int) -> Problem:
-  """Masked language modelling; `noisy`: through the private step."""
-  train, held_out = _stores()
-  model = masked_lm.MaskedLanguageModel(
-    bert.Bert(
-      vocab_size=VOCABULARY,
-      num_layers=layers,
-      width=width,
-      num_heads=width // 32,
-      max_length=LENGTH,
-    )
+  """A small BERT on Python's documentation."""
+  encoder = bert.Bert(
+    vocab_size=VOCABULARY,
+    num_layers=layers,
+    width=width,
+    num_heads=width // 32,
+    max_length=LENGTH,
   )
+  return masked(encoder, noisy, python_docs())
+
+
+def masked(encoder: bert.Bert, noisy: bool, texts: Texts) -> Problem:
+  """Masked language modelling; `noisy`: through the private step."""
+  model = masked_lm.MaskedLanguageModel(encoder)
   objective = objective_lib.Objective(model, masking.MaskingSettings())
-  tokens = jnp.asarray(train.tokens)
-  fixed = held_out.gather(np.arange(0, held_out.num_examples, 8)[:512])
+  tokens = jnp.asarray(texts.train)
+  fixed = jnp.asarray(texts.held_out)
   fixed_keys = jax.random.split(jax.random.key(1), len(fixed))
 
   def batch(number: jax.Array, seed: jax.Array) -> tuple[Any, jax.Array]:
@@ -108,7 +118,9 @@ def language_model(noisy: bool, layers: int, width: int) -> Problem:
       if not noisy:
         keys = jax.random.split(key, BATCH)
         gradient = jax.grad(mean_loss)(params, taken, keys)
-        updates, state = optimizer.update(gradient, state, params)
+        updates, state = optax.with_extra_args_support(optimizer).update(
+          gradient, state, params, noise_variance=0.0
+        )
         return optax.apply_updates(params, updates), state
       total = private.zeros(params, taken, state)
       total = private.accumulate(params, total, taken, key)
@@ -132,10 +144,11 @@ def language_model(noisy: bool, layers: int, width: int) -> Problem:
   return Problem(init, update, loss)
 
 
-def _stores() -> tuple[store_lib.RecordStore, store_lib.RecordStore]:
-  from dptrain.tasks import python_docs
+def python_docs() -> Texts:
+  """The documentation that Python carries, as in demo.gin."""
+  from dptrain.tasks import python_docs as task_lib
 
-  task = python_docs.register()
+  task = task_lib.register()
   with tempfile.TemporaryDirectory() as folder:
     vocabulary = vocabulary_lib.train_vocabulary(
       (each.text for each in corpus.read_documents(task, "train")),
@@ -148,4 +161,5 @@ def _stores() -> tuple[store_lib.RecordStore, store_lib.RecordStore]:
     )
     for split in ("train", "validation")
   )
-  return train, held_out
+  some = held_out.gather(np.arange(0, held_out.num_examples, 8)[:512])
+  return Texts(train.tokens, some)
