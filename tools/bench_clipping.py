@@ -1,6 +1,6 @@
 """Times clipping methods against plain training, side by side in one run.
 
-  python tools/bench_clipping.py [--shapes tiny,mini,base,long] [--json FILE]
+  python tools/bench_clipping.py [--shapes tiny,mini,base,long,ngrammer] [--json FILE]
 
 For each shape, programs are compiled first and then run in turn, so that all
 see the same machine: "plain" (the gradient of the summed loss, no privacy),
@@ -34,6 +34,7 @@ from dptrain.clipping import methods
 from dptrain.clipping import rules
 from dptrain.models import bert
 from dptrain.models import masked_lm
+from dptrain.models import ngrammer
 
 METHODS = ("one_pass", "two_pass", "vmap")
 MICROBATCHES = (1, 2, 4)
@@ -41,7 +42,7 @@ MICROBATCHES = (1, 2, 4)
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """One BERT and one physical batch."""
+  """One BERT or N-Grammer and one physical batch."""
 
   layers: int
   width: int
@@ -49,6 +50,7 @@ class Shape:
   vocabulary: int
   batch: int
   masked: int
+  ngrams: bool = False
 
 
 SHAPES = {
@@ -56,6 +58,8 @@ SHAPES = {
   "mini": Shape(4, 256, 128, 8192, 16, 20),
   "base": Shape(2, 768, 128, 30522, 16, 20),
   "long": Shape(2, 512, 512, 8192, 4, 77),
+  # As gin/models/ngrammer_base.gin, of two layers.
+  "ngrammer": Shape(2, 768, 128, 30522, 16, 20, ngrams=True),
 }
 
 
@@ -87,6 +91,7 @@ def _measure(shape: Shape, rounds: int, dtype: str) -> dict[str, Any]:
       num_heads=shape.width // 64,
       max_length=shape.length,
       dtype=dtype,
+      ngrammer=ngrammer.NGrammerSettings() if shape.ngrams else None,
     )
   )
   params = model.init(jax.random.key(0))
