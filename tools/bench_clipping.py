@@ -1,6 +1,7 @@
 """Times clipping methods against plain training, side by side in one run.
 
-  python tools/bench_clipping.py [--shapes tiny,mini,base,long,ngrammer] [--json FILE]
+  python tools/bench_clipping.py [--shapes tiny,mini,base,long,ngrammer]
+      [--json FILE]
 
 For each shape, programs are compiled first and then run in turn, so that all
 see the same machine: "plain" (the gradient of the summed loss, no privacy),
