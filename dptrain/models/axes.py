@@ -1,9 +1,10 @@
 """Logical axis names of parameters: what each dimension means for sharding.
 
 The modules of this wing put a name on every dimension of every parameter
-('vocab', 'positions', 'embed', 'mlp', 'heads', 'kv', and 'layers' in front
-where layers are stacked) through Flax's partitioning metadata. Training works
-on plain arrays; the names are read once, from shapes alone.
+('vocab', 'positions', 'embed', 'mlp', 'heads', 'kv', an N-Grammer's 'clusters'
+and 'ngrams', and 'layers' in front where layers are stacked) through Flax's
+partitioning metadata. Training works on plain arrays; the names are read once,
+from shapes alone.
 """
 
 from typing import Any

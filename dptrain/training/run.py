@@ -126,6 +126,14 @@ class TrainingRun:
         f"TrainingRun.clipping_method={self.clipping_method!r} is unknown; use"
         f" one of {', '.join(map(repr, methods.METHODS))}."
       )
+    if self.clipping_method == "two_pass" and (
+      getattr(self.model.bert, "ngrammer", None) is not None
+    ):
+      raise ValueError(
+        "TrainingRun.clipping_method='two_pass' makes each gradient twice, and"
+        " the clusters that Bert.ngrammer finds nearest may differ between the"
+        " norm and the sum; use 'auto' or 'one_pass'."
+      )
     if self.clipping_method == "two_pass" and self.model.sampling is not None:
       # Compiled twice, a hidden state may round otherwise and draw otherwise.
       raise ValueError(

@@ -116,7 +116,7 @@ def test_the_sum_of_exponentials_has_the_right_expectation():
   @jax.jit
   @jax.vmap
   def draws(key):
-    rows = model._sampled(PARAMS, batch, key[None], model.sampling)
+    rows, _ = model._sampled(PARAMS, batch, key[None], model.sampling)
     return jnp.exp(jax.nn.logsumexp(sum(rows), axis=-1))[0]
 
   found = np.float64(draws(jax.random.split(key(1), 4000)))

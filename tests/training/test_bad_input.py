@@ -12,6 +12,7 @@ import small_run
 from dptrain import cli
 from dptrain import configuration
 from dptrain.models import masked_lm
+from dptrain.models import ngrammer
 from dptrain.models import sampled_softmax
 from dptrain.training import records as records_lib
 
@@ -161,5 +162,19 @@ def test_classes_are_not_drawn_by_two_programs(tmp_path):
   run = dataclasses.replace(small_run.make_run(tmp_path), model=model)
   with pytest.raises(
     ValueError, match=r"clipping_method='two_pass' .*sampling"
+  ):
+    dataclasses.replace(run, clipping_method="two_pass")
+
+
+def test_clusters_are_not_found_by_two_programs(tmp_path):
+  model = small_run.model()
+  size = model.bert.width // model.bert.num_heads
+  layer = ngrammer.NGrammerSettings(
+    num_clusters=4, table_size=16, ngram_dim=size, combine="add"
+  )
+  model = dataclasses.replace(model, bert=model.bert.clone(ngrammer=layer))
+  run = dataclasses.replace(small_run.make_run(tmp_path), model=model)
+  with pytest.raises(
+    ValueError, match=r"clipping_method='two_pass' .*Bert\.ngrammer"
   ):
     dataclasses.replace(run, clipping_method="two_pass")
