@@ -127,15 +127,7 @@ AWARE = {
     lambda rate: _shampoo(rate, subtract_noise=True),
   ),
 }
-# What `--rates` printed; for "bert" and "noisy" no search was finished yet.
-_ROUGH = {
-  "SGD": 0.1,
-  "AdamW": 3e-3,
-  "LAMB": 3e-3,
-  "SM3": 0.1,
-  "Shampoo": 3e-3,
-  "SOAP": 3e-3,
-}
+# What `--rates` found.
 RATES: dict[str, dict[str, float]] = {
   "convex": {
     "SGD": 1.9,
@@ -145,8 +137,22 @@ RATES: dict[str, dict[str, float]] = {
     "Shampoo": 0.1,
     "SOAP": 0.1,
   },
-  "bert": _ROUGH,
-  "noisy": _ROUGH,
+  "bert": {
+    "SGD": 0.1,
+    "AdamW": 5e-4,
+    "LAMB": 3e-3,
+    "SM3": 0.03,
+    "Shampoo": 1e-3,
+    "SOAP": 2e-3,
+  },
+  "noisy": {
+    "SGD": 0.3,
+    "AdamW": 2e-3,
+    "LAMB": 3e-3,
+    "SM3": 0.1,
+    "Shampoo": 2e-3,
+    "SOAP": 2e-3,
+  },
 }
 
 
