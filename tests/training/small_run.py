@@ -120,7 +120,7 @@ class QuickModel(masked_lm.MaskedLanguageModel):
     x = params["tokens"][inputs] + params["positions"][: inputs.shape[1]]
     x = jnp.tanh(x + x.mean(1, keepdims=True) @ params["mix"])
     x = jnp.take_along_axis(x, batch["positions"][..., None], axis=1)
-    return x @ params["tokens"].T
+    return x @ params["tokens"].T, {}
 
 
 def make_run(

@@ -50,7 +50,8 @@ class TinyModel(masked_lm.MaskedLanguageModel):
   def _logits(self, params, batch, keys):
     del keys
     logits = Tiny().apply({"params": params}, batch["inputs"])
-    return jnp.take_along_axis(logits, batch["positions"][..., None], axis=1)
+    picked = batch["positions"][..., None]
+    return jnp.take_along_axis(logits, picked, axis=1), {}
 
 
 SCALED = scaled.ScaledModel(base=TinyModel(small_run.model().bert))
