@@ -85,12 +85,12 @@ ENTRANTS = {
   ),
   "AdamW": Entrant(
     lambda rate: adamw.adamw(rate, b2=B2, weight_decay=0.0),
-    {"convex": (1e-2, 3e-2, 1e-1), "bert": _ADAM, "noisy": _ADAM},
+    {"convex": (1e-1, 3e-1, 1.0, 3.0), "bert": _ADAM, "noisy": _ADAM},
   ),
   "LAMB": Entrant(
     lambda rate: lamb.lamb(rate, b2=B2, weight_decay=0.0),
     {
-      "convex": (1e-2, 3e-2, 1e-1),
+      "convex": (3e-3, 1e-2, 3e-2),
       "bert": (3e-4, 1e-3, 3e-3, 1e-2),
       "noisy": (1e-3, 3e-3, 1e-2),
     },
@@ -98,19 +98,19 @@ ENTRANTS = {
   "SM3": Entrant(
     lambda rate: sm3.sm3(rate, weight_decay=0.0),
     {
-      "convex": (0.3, 1.0, 3.0),
+      "convex": (1.0, 3.0, 10.0),
       "bert": (0.01, 0.03, 0.1),
       "noisy": (0.01, 0.03, 0.1),
     },
   ),
   "Shampoo": Entrant(
-    _shampoo, {"convex": (1e-2, 3e-2, 1e-1), "bert": _ADAM, "noisy": _ADAM}
+    _shampoo, {"convex": (1e-1, 3e-1, 1.0, 3.0), "bert": _ADAM, "noisy": _ADAM}
   ),
   "SOAP": Entrant(
     lambda rate: soap.soap(
       rate, soap_settings.SoapSettings(b2=B2), weight_decay=0.0
     ),
-    {"convex": (1e-2, 3e-2, 1e-1), "bert": _ADAM, "noisy": _ADAM},
+    {"convex": (1e-1, 3e-1, 1.0, 3.0), "bert": _ADAM, "noisy": _ADAM},
   ),
 }
 AWARE = {
@@ -131,11 +131,11 @@ AWARE = {
 RATES: dict[str, dict[str, float]] = {
   "convex": {
     "SGD": 1.9,
-    "AdamW": 0.1,
+    "AdamW": 0.3,
     "LAMB": 0.01,
     "SM3": 3.0,
-    "Shampoo": 0.1,
-    "SOAP": 0.1,
+    "Shampoo": 1.0,
+    "SOAP": 0.3,
   },
   "bert": {
     "SGD": 0.1,
