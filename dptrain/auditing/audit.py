@@ -173,6 +173,11 @@ def _check_auditable(run: run_lib.TrainingRun, settings: AuditSettings) -> None:
       " model of an audit has canaries among its parameters. Leave it None;"
       " the mechanism does not depend on where training starts."
     )
+  if ngram_learning.unprotected(run.model):
+    raise ValueError(
+      "NGrammerSettings.learning='unprotected' leaves no claim to audit: its"
+      " codebooks are published exactly. Set it to 'private'."
+    )
   quantile = run.privacy.adaptive_quantile
   if settings.mode == "white_box" and quantile is not None:
     raise ValueError(

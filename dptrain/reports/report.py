@@ -115,6 +115,12 @@ class PrivacyReport:
 
   def statement(self) -> str:
     """The guarantee in a few sentences."""
+    if wording.EXACT_CODEBOOKS in self.unprotected:
+      return (
+        "NO PRIVACY CLAIM: the N-Grammer's codebooks follow exact means of"
+        " private batches, which no epsilon covers. The figures below are of"
+        " everything else, under a secret seed."
+      )
     if not self.claim:
       return (
         "FIXED SEED: NO PRIVACY CLAIM. The noise of this run can be recomputed"

@@ -82,6 +82,11 @@ class JointReport:
 
   def _statement(self) -> str:
     bound = f"({layout.rounded_up(self.epsilon)}, {self.delta})"
+    if any(wording.EXACT_CODEBOOKS in told for told in self.unprotected):
+      return (
+        "NO PRIVACY CLAIM: the N-Grammer's codebooks of at least one run follow"
+        " exact means of private batches, which no epsilon covers."
+      )
     if not self.claim:
       return (
         "FIXED SEED: NO PRIVACY CLAIM. The noise of at least one run can be"

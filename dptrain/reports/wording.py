@@ -9,6 +9,12 @@ from typing import Any
 
 from dptrain.reports import layout
 
+# A run of which this is said has no guarantee, whatever its seed.
+EXACT_CODEBOOKS = (
+  "The N-Grammer's codebooks are not protected: their centres follow the exact"
+  " means of each batch, neither clipped nor noised, because"
+  " NGrammerSettings.learning is 'unprotected'."
+)
 UNITS = {
   "record": "one record: one fixed-length token sequence of the corpus",
   "document": "one document",

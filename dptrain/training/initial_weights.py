@@ -58,7 +58,17 @@ class InitialWeights:
     """What to say of weights that are not declared public."""
     told = "The initial weights were given; if they were learned from this"
     path = pathlib.Path(self.path or "").expanduser()
-    if (path / ledger_lib.LEDGER_FILE).exists():
+    ledger_path = path / ledger_lib.LEDGER_FILE
+    if ledger_path.exists():
+      try:
+        claim = not ledger_lib.Ledger(ledger_path).fixed_seed
+      except ledger_lib.LedgerError:
+        claim = False
+      if not claim:
+        return (
+          f"{told} corpus, they may reveal it: the run that made them makes no"
+          " privacy claim, or its ledger is damaged."
+        )
       return (
         f"{told} corpus, the run that made them costs what its own ledger says:"
         " `dptrain report` composes several MODEL_DIRs."

@@ -12,6 +12,7 @@ from dptrain.models import masked_lm
 from dptrain.models import scaled
 from dptrain.optimizers import codebook_learning
 from dptrain.optimizers import codebook_settings
+from dptrain.reports import wording
 from dptrain.training import unprotected_codebooks as codebooks_lib
 
 
@@ -34,15 +35,11 @@ def optimizer_for(
   Raises:
     ValueError: the gradients of the model's codebooks are scaled.
   """
+  check_scaled(model)
   ngrammer = _ngrammer(model)
   done = isinstance(optimizer, codebook_learning.CodebookOptimizer)
   if ngrammer is None or done:
     return optimizer
-  if isinstance(model, scaled.ScaledModel):
-    raise ValueError(
-      "ScaledModel divides the gradients that its N-Grammer's codebooks learn"
-      " from: use Bert.ngrammer=None, or the model without ScaledModel."
-    )
   return codebook_learning.learn_codebooks(
     optimizer,
     settings,
@@ -74,6 +71,19 @@ def unprotected_codebooks(
   return codebooks_lib.UnprotectedCodebooks()
 
 
+def check_scaled(model: masked_lm.MaskedLanguageModel) -> None:
+  """Refuses codebooks whose gradients are divided by something.
+
+  Raises:
+    ValueError: a `ScaledModel` has an N-Grammer.
+  """
+  if _ngrammer(model) is not None and isinstance(model, scaled.ScaledModel):
+    raise ValueError(
+      "ScaledModel divides the gradients that its N-Grammer's codebooks learn"
+      " from: use Bert.ngrammer=None, or the model without ScaledModel."
+    )
+
+
 def check_claim(
   model: masked_lm.MaskedLanguageModel, fixed_seed: int | None
 ) -> None:
@@ -98,11 +108,7 @@ def unprotected(model: masked_lm.MaskedLanguageModel) -> str | None:
   """What a report says of codebooks that are not protected; None: nothing."""
   if not _is_unprotected(model):
     return None
-  return (
-    "The N-Grammer's codebooks are not protected: their centres follow the"
-    " exact means of each batch, neither clipped nor noised, because"
-    " NGrammerSettings.learning is 'unprotected'."
-  )
+  return wording.EXACT_CODEBOOKS
 
 
 def _is_unprotected(model: masked_lm.MaskedLanguageModel) -> bool:

@@ -141,6 +141,7 @@ class TrainingRun:
         " classes drawn by MaskedLanguageModel.sampling may differ between the"
         " norm and the sum; use 'auto' or 'one_pass'."
       )
+    ngram_learning.check_scaled(self.model)
     ngram_learning.check_claim(self.model, self.fixed_seed)
     self.model.check(self.sequence_length, self.model.bert.vocab_size)
 

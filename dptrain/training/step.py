@@ -84,9 +84,10 @@ def noised(accumulator: Accumulator) -> tuple[Any, Any, Any]:
 class PrivateStep:
   """From physical batches to one differentially private update.
 
-  Formal guarantee: unit: one example, neighbouring by zero-out or add/remove
-  (`ClippingRule`). `accumulate` sums clipped gradients, whose sensitivity is
-  `rule.sensitivity` however the examples are dealt out to physical batches.
+  Formal guarantee (none with `unprotected_codebooks`): unit: one example,
+  neighbouring by zero-out or add/remove (`ClippingRule`). `accumulate` sums
+  clipped gradients, whose sensitivity is `rule.sensitivity` however the
+  examples are dealt out to physical batches.
   `finish` is one Gaussian mechanism on that sum: noise of standard deviation
   `noise_multiplier * rule.sensitivity`, once per update. All that follows,
   division by the public constant `expected_batch_size`, the term of public

@@ -2,7 +2,7 @@
 
 arXiv 2207.06366 moves its clusters' centres to running means of the batch. That
 is a release of private sums without clipping and without noise; it is here for
-comparison, and so that an audit can see the leak.
+comparison (tests/auditing/test_codebook_audit.py sees it leak).
 
 Shapes: B physical batch.
 """

@@ -45,7 +45,7 @@ def test_training_starts_from_an_npz(tmp_path):
 
 
 def test_training_starts_from_another_run_and_says_so(tmp_path):
-  small_run.train(tmp_path / "first", steps=2, sizes=(20, 20))
+  small_run.train(tmp_path / "first", steps=2, sizes=(20, 20), fixed_seed=None)
   train(tmp_path / "second", path=str(tmp_path / "first"))
   _, first = small_run.newest_state(tmp_path / "first")
   _, second = small_run.newest_state(tmp_path / "second")
@@ -56,6 +56,12 @@ def test_training_starts_from_another_run_and_says_so(tmp_path):
   assert not ledger.public
   told = " ".join(report.make_report(ledger).as_text().split())
   assert "the run that made them costs what its own ledger says" in told
+
+
+def test_weights_of_a_run_without_a_claim_are_told_as_such(tmp_path):
+  small_run.train(tmp_path, steps=2, sizes=(20, 20), fixed_seed=7)
+  told = initial_weights.InitialWeights(path=str(tmp_path)).unprotected()
+  assert "the run that made them makes no privacy claim" in told
 
 
 def test_undeclared_weights_are_reported_as_unprotected(tmp_path):

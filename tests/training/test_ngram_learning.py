@@ -15,6 +15,7 @@ import pytest
 import small_run
 
 from dptrain import configuration
+from dptrain.auditing import audit
 from dptrain.clipping import rules
 from dptrain.models import masked_lm
 from dptrain.models import ngrammer
@@ -25,6 +26,7 @@ from dptrain.optimizers import ngram_parameters
 from dptrain.optimizers import sgd
 from dptrain.privacy import ledger as ledger_lib
 from dptrain.reports import report
+from dptrain.reports import several_runs
 from dptrain.training import checkpoints
 from dptrain.training import initial_weights
 from dptrain.training import loop
@@ -315,7 +317,14 @@ def test_unprotected_codebooks_need_a_run_without_claim(tmp_path):
       run, tmp_path, ledger, small_run.records(validation=False)
     )
     (text,) = [t for t in ledger.unprotected if "codebooks" in t]
+    made = report.make_report(ledger)
   assert "exact means of each batch, neither clipped nor noised" in text
+  # Not what a fixed seed is told: with a secret one this run claims nothing.
+  assert made.statement().startswith("NO PRIVACY CLAIM: the N-Grammer's")
+  joint = several_runs.make_joint_report({"one": ledger})
+  assert "NO PRIVACY CLAIM: the N-Grammer's" in joint.as_text()
+  with pytest.raises(ValueError, match="leaves no claim to audit"):
+    audit.audit(run, audit.AuditSettings())
   assert prepared.step.unprotected_codebooks is not None
   optimizer = prepared.step.optimizer
   assert isinstance(optimizer, codebook_learning.CodebookOptimizer)
@@ -330,6 +339,8 @@ def test_who_wraps_an_optimizer_wraps_it_once():
   around = ngram_learning.complete(optax.chain(wrapped, optax.identity()))
   assert ngram_learning.optimizer_for(chosen, around) is around
   assert ngram_learning.unprotected_codebooks(chosen) is None
+  with pytest.raises(ValueError, match="ScaledModel divides"):
+    run_of("unused", scaled.ScaledModel(base=chosen))
   with pytest.raises(ValueError, match="ScaledModel divides"):
     ngram_learning.optimizer_for(scaled.ScaledModel(base=chosen), plain)
 
