@@ -4,6 +4,7 @@ import re
 import jax
 import pytest
 
+from dptrain import configuration
 from dptrain.models import bert
 from dptrain.models import losses
 from dptrain.models import masked_lm
@@ -28,9 +29,9 @@ FILES = [
 @pytest.fixture(autouse=True)
 def _clean_gin():
   gin.clear_config()
-  # Where dptrain looks for what a file includes.
-  gin.add_config_file_search_path(str(GIN.parent))
-  yield
+  # Where, and how, dptrain looks for what a file includes.
+  with configuration._searching([str(GIN.parent)]):
+    yield
   gin.clear_config()
 
 

@@ -69,7 +69,7 @@ def partitioner(model_parallel=1):
     num_partitions=None,
     model_parallel_submesh=(1, model_parallel, 1, 1),
     logical_axis_rules=partitioning.standard_logical_axis_rules(
-      additional_rules=[("positions", None)]
+      additional_rules=[(n, None) for n in ("positions", "clusters", "ngrams")]
     ),
   )
 
