@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy_shampoo
 import optax
 import orbax.checkpoint as ocp
 import pytest
@@ -14,25 +15,6 @@ from dptrain.optimizers import soap_transform
 
 def transform(**changes):
   return soap_transform.scale_by_soap(soap_settings.SoapSettings(**changes))
-
-
-def gradients(shapes, steps, seed=0):
-  """Correlated along every dimension, as gradients of layers are."""
-  rng = np.random.default_rng(seed)
-  mixes = {
-    name: [rng.normal(size=(d, d)) / np.sqrt(d) for d in shape]
-    for name, shape in shapes.items()
-  }
-  result = []
-  for _ in range(steps):
-    tree = {}
-    for name, shape in shapes.items():
-      g = rng.normal(size=shape)
-      for axis, mix in enumerate(mixes[name]):
-        g = np.moveaxis(np.tensordot(mix, g, (1, axis)), 0, axis)
-      tree[name] = g
-    result.append(tree)
-  return result
 
 
 def run(optimizer, grads, **extra):
@@ -92,7 +74,7 @@ def numpy_soap(grads, b1, b2, decay, start, interval, variance=None, floor=0.1):
   ],
 )
 def test_soap_equals_a_dense_numpy_reference_over_50_updates(shapes, variance):
-  grads = gradients(shapes, 50)
+  grads = numpy_shampoo.gradients(shapes, 50)
   with jax.enable_x64(True):
     found, state = run(
       transform(
@@ -117,7 +99,7 @@ def test_soap_equals_a_dense_numpy_reference_over_50_updates(shapes, variance):
 
 
 def test_before_its_first_basis_and_for_vectors_soap_is_adam():
-  grads = gradients({"kernel": (4, 4), "bias": (4,)}, 12)
+  grads = numpy_shampoo.gradients({"kernel": (4, 4), "bias": (4,)}, 12)
   found, _ = run(transform(b2=0.99, start=6, interval=2), grads)
   expected, _ = run(optax.scale_by_adam(b2=0.99), grads)
   for t, (mine, its) in enumerate(zip(found, expected, strict=True), 1):
@@ -127,7 +109,7 @@ def test_before_its_first_basis_and_for_vectors_soap_is_adam():
 
 
 def test_blocks_and_layers_are_parameters_of_their_own():
-  grads = gradients({"a": (4, 4), "b": (3, 4)}, 8)
+  grads = numpy_shampoo.gradients({"a": (4, 4), "b": (3, 4)}, 8)
   together = [
     {
       "w": np.concatenate([g["a"], g["b"]]),
@@ -206,7 +188,7 @@ def test_bases_that_fail_stay_and_are_counted():
 
 
 def test_soap_counts_nan_gradients_and_goes_on():
-  grads = gradients({"v": (3, 3), "w": (4, 4)}, 8)
+  grads = numpy_shampoo.gradients({"v": (3, 3), "w": (4, 4)}, 8)
   spoiled = [dict(g) for g in grads]
   spoiled[4]["w"] = np.full((4, 4), np.nan)
   short = {"start": 2, "interval": 2}
@@ -231,7 +213,7 @@ def test_rank_deficient_and_tiny_gradients_do_no_harm():
 
 
 def test_a_saved_soap_goes_on_where_it_was(tmp_path):
-  grads = gradients({"w": (4, 4), "b": (3,)}, 8)
+  grads = numpy_shampoo.gradients({"w": (4, 4), "b": (3,)}, 8)
   optimizer = transform(start=2, interval=2)
   _, halfway = run(optimizer, grads[:5])
   with ocp.StandardCheckpointer() as checkpointer:
