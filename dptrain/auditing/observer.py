@@ -55,6 +55,15 @@ class CanaryModel(masked_lm.MaskedLanguageModel):
     leaves = {f"leaf_{number}": ones for number in range(NUM_LEAVES)}
     return {"model": self.base.init(key), "canaries": leaves}
 
+  @property
+  def bare(self) -> masked_lm.MaskedLanguageModel:
+    """That of `base`."""
+    return self.base.bare
+
+  def bare_params(self, params: masked_lm.Params) -> masked_lm.Params:
+    """Those of `base`."""
+    return self.base.bare_params(params["model"])
+
   def logical_axes(self) -> dict[str, Any]:
     """Those of `base`; the canaries' one dimension is never split."""
     names = {f"leaf_{n}": ("canaries",) for n in range(NUM_LEAVES)}

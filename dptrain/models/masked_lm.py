@@ -18,12 +18,13 @@ import jax.numpy as jnp
 
 from dptrain.models import axes
 from dptrain.models import bert as bert_lib
+from dptrain.models import distillation
 from dptrain.models import losses as losses_lib
 from dptrain.models import ngrammer
 from dptrain.models import sampled_softmax
 
 Params = dict[str, Any]
-Batch = Mapping[str, jax.Array]
+Batch = Mapping[str, Any]
 Terms = dict[str, jax.Array]  # [B] each, by the names of `ngrammer`
 
 
@@ -96,7 +97,9 @@ class MaskedLanguageModel:
       params: what `init` returned.
       batch: `inputs` [B, T] int32 token ids, `positions` [B, M] int32 indices
         into T, `labels` [B, M] int32 token ids in [0, V), `weights` [B, M],
-        1.0 at real predictions and 0.0 at unused slots.
+        1.0 at real predictions and 0.0 at unused slots. With `targets`
+        (`distillation.Targets`), what teachers predict there, the losses also
+        have the mean distance to them.
       keys: typed PRNG keys [B], one per example, for dropout and sampled
         classes; without either they are not read. None switches both off, as
         evaluation wants it. Use threefry keys: draws of "unsafe_rbg" change
@@ -132,6 +135,10 @@ class MaskedLanguageModel:
     if self.loss != losses_lib.CrossEntropy():
       found = self.loss(logits, labels, log_weights)
       trained_sum = jnp.sum(weights * found, axis=-1)
+    targets: distillation.Targets | None = batch.get("targets")
+    if targets is not None:
+      self._check_takes_targets()
+      trained_sum = trained_sum + targets.sums(logits, weights)
     masked = jnp.sum(weights, axis=-1)
     # The inner where keeps 0 / 0 out of the gradient too.
     losses = jnp.where(
@@ -147,6 +154,34 @@ class MaskedLanguageModel:
       **terms,
     }
     return losses, aux
+
+  @property
+  def bare(self) -> "MaskedLanguageModel":
+    """The model without what a run may keep beside its parameters."""
+    return self
+
+  def bare_params(self, params: Params) -> Params:
+    """Those of `bare`, of parameters of this model."""
+    return params
+
+  def logits(self, params: Params, batch: Batch) -> jax.Array:
+    """Predicts masked tokens, without dropout.
+
+    Args:
+      params: what `init` returned.
+      batch: `inputs` [B, T] and `positions` [B, M].
+
+    Returns:
+      [B, M, V] float32.
+    """
+    return self.bare._logits(self.bare_params(params), batch, None)[0]
+
+  def _check_takes_targets(self) -> None:
+    if self.sampling is not None:
+      raise ValueError(
+        "MaskedLanguageModel.sampling draws classes, but teachers predict the"
+        " whole vocabulary; use sampling=None, or no Distillation."
+      )
 
   def check(self, sequence_length: int, vocab_size: int) -> None:
     """Checks that the data fits the model before anything is compiled.

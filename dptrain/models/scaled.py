@@ -54,6 +54,15 @@ class ScaledModel(masked_lm.MaskedLanguageModel):
     ones = jax.tree.map(lambda p: jnp.ones(p.shape, jnp.float32), params)
     return {MODEL: params, DIVISORS: ones}
 
+  @property
+  def bare(self) -> masked_lm.MaskedLanguageModel:
+    """That of `base`."""
+    return self.base.bare
+
+  def bare_params(self, params: masked_lm.Params) -> masked_lm.Params:
+    """Those of `base`."""
+    return self.base.bare_params(params[MODEL])
+
   def logical_axes(self) -> dict[str, Any]:
     """Those of `base`, twice."""
     axes = self.base.logical_axes()
