@@ -137,7 +137,7 @@ class MaskedLanguageModel:
       trained_sum = jnp.sum(weights * found, axis=-1)
     targets: distillation.Targets | None = batch.get("targets")
     if targets is not None:
-      self._check_takes_targets()
+      self.check_takes_targets()
       trained_sum = trained_sum + targets.sums(logits, weights)
     masked = jnp.sum(weights, axis=-1)
     # The inner where keeps 0 / 0 out of the gradient too.
@@ -176,7 +176,8 @@ class MaskedLanguageModel:
     """
     return self.bare._logits(self.bare_params(params), batch, None)[0]
 
-  def _check_takes_targets(self) -> None:
+  def check_takes_targets(self) -> None:
+    """Raises ValueError if the model cannot learn from teachers."""
     if self.sampling is not None:
       raise ValueError(
         "MaskedLanguageModel.sampling draws classes, but teachers predict the"

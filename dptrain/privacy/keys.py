@@ -84,11 +84,17 @@ def fixed_seed(number: int) -> SecretSeed:
   return SecretSeed(hashlib.sha256(text).digest(), fixed=True)
 
 
-def load_or_create(directory: pathlib.Path) -> SecretSeed:
+def load_or_create(
+  directory: pathlib.Path,
+  file: str = SEED_FILE,
+  danger: str = "subtract the noise",
+) -> SecretSeed:
   """Reads the run's secret seed; the first call draws it from the OS.
 
   Args:
-    directory: MODEL_DIR; the file is `secret_seed`, readable by its owner only.
+    directory: MODEL_DIR; the file is readable by its owner only.
+    file: its name.
+    danger: what whoever knows the seed can do, for messages.
 
   Returns:
     The seed.
@@ -97,15 +103,15 @@ def load_or_create(directory: pathlib.Path) -> SecretSeed:
     PermissionError: others may read the file.
     ValueError: the file does not hold 64 hexadecimal digits.
   """
-  path = directory / SEED_FILE
+  path = directory / file
   if not path.exists():
     _create(path)
   mode = stat.S_IMODE(path.stat().st_mode)
   if mode & 0o077:
     raise PermissionError(
       f"{path} can be read by others (mode {mode:o}): whoever knows the seed"
-      " can subtract the noise. Run `chmod 600` on it if nobody else has read"
-      " it; otherwise start again in a new MODEL_DIR."
+      f" can {danger}. Run `chmod 600` on it if nobody else has read it;"
+      f" otherwise start again in a new {_folder(file)}."
     )
   try:
     return SecretSeed(bytes.fromhex(path.read_text(encoding="ascii")))
@@ -117,6 +123,10 @@ def load_or_create(directory: pathlib.Path) -> SecretSeed:
     ) from None
 
 
+def _folder(file: str) -> str:
+  return "MODEL_DIR" if file == SEED_FILE else "folder"
+
+
 def _create(path: pathlib.Path) -> None:
   # Written whole under another name first: a kill leaves no half seed behind.
   draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -125,4 +135,10 @@ def _create(path: pathlib.Path) -> None:
     file.write(secrets.token_hex(_SEED_BYTES) + "\n")
     file.flush()
     os.fsync(file.fileno())
-  os.replace(draft, path)  # the run's lock keeps a second writer away
+  try:
+    os.link(draft, path)  # not over one that another has just made
+  except FileExistsError:
+    pass
+  except OSError:  # no hard links here
+    os.replace(draft, path)
+  draft.unlink(missing_ok=True)

@@ -2,13 +2,15 @@
 
 One append-only file of JSON lines lives in MODEL_DIR, outside the checkpoints,
 so that going back to an earlier checkpoint cannot forget what later ones have
-told. Each line carries the hash of the line before it. Seven kinds of line:
+told. Each line carries the hash of the line before it. Eight kinds of line:
 
   plan         the plan, the keyed fingerprints of corpus and seed; the first.
   branch       a line of training that starts at the root or forks off another.
   environment  a branch goes on under another rounding from some update on.
   release      one update of one branch: its sampling, its noise and, if it
                shares one with others, its round (`rounds`).
+  lesson       whose predictions a branch learns from, from some update on
+               (`teachers`).
   other        what else was released on the same corpus (`others`).
   unprotected  something that was published without protection.
   public       something that entered the run and was declared to be public.
@@ -19,7 +21,7 @@ continues differently opens another branch, whose keys are fresh and whose
 releases are priced on top of everything that any branch ever wrote.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import fcntl
 import itertools
@@ -35,6 +37,7 @@ from dptrain.privacy import entries
 from dptrain.privacy import others as others_lib
 from dptrain.privacy import plan as plan_lib
 from dptrain.privacy import rounds
+from dptrain.privacy import teachers
 
 LEDGER_FILE = "privacy_ledger.jsonl"
 _FORMAT = 1
@@ -53,6 +56,7 @@ class Ledger:
   Attributes:
     path: the file.
     header: its first line, or an empty mapping for a new one.
+    lessons: what was learned from other runs.
   """
 
   def __init__(self, path: pathlib.Path):
@@ -64,6 +68,7 @@ class Ledger:
     self._others: list[others_lib.OtherRelease] = []
     self._unprotected: list[str] = []
     self._public: list[others_lib.DeclaredPublic] = []
+    self.lessons = teachers.Lessons()
     self._lines = chained_lines.ChainedLines(path, self._take)
 
   # --- reading -------------------------------------------------------------
@@ -97,6 +102,35 @@ class Ledger:
   def head(self) -> str:
     """Hash of the last line: names all that is written so far."""
     return self._lines.head
+
+  def source(self, part: str) -> teachers.Source:
+    """All of it, as others see it who learn from this run.
+
+    Args:
+      part: of the corpora that its units are in.
+    """
+    return teachers.Source(
+      self.header["seed"],
+      part,
+      tuple(self.update_releases()),
+      self.others,
+      self.unprotected,
+    )
+
+  def sources(self, part: str = "") -> tuple[teachers.Source, ...]:
+    """This run and all that it has learned from, each once.
+
+    Args:
+      part: of the corpora that its own units are in, if no lesson tells.
+    """
+    lessons = self.lessons.all()
+    if lessons:
+      parts = {lesson.part for lesson in lessons}
+      part = parts.pop() if len(parts) == 1 else ""
+    learned = (each for lesson in lessons for each in lesson.sources)
+    # Whoever learned from it may have told of an earlier state of this run.
+    others = (each for each in learned if each.run != self.header["seed"])
+    return (self.source(part), *teachers.newest(others))
 
   def releases(self, without: str = "") -> list[accounting.Releases]:
     """Everything released so far, over all branches, equal ones joined.
@@ -215,6 +249,7 @@ class Ledger:
     corpus: str,
     seed: str,
     fixed_seed: bool,
+    shard: Mapping[str, Any] | None = None,
   ) -> None:
     """Writes the header, or checks that the one on disk tells the same.
 
@@ -223,6 +258,7 @@ class Ledger:
       corpus: keyed fingerprint of the training records.
       seed: keyed fingerprint of the seed itself.
       fixed_seed: whether the seed is known to others.
+      shard: which shard of a corpus the records are; None: no shard.
 
     Raises:
       LedgerError: MODEL_DIR belongs to another plan, corpus or seed; names each
@@ -236,12 +272,18 @@ class Ledger:
       "seed": seed,
       "fixed_seed": fixed_seed,
     }
+    if shard is not None:
+      told["shard"] = dict(shard)
     if not self.header:
       self._append(told)
       return
     found = plan_lib.differences(self.header["plan"], told["plan"])
     if self.header["seed"] != seed:
       found.append("the secret seed is another one")
+    elif self.header.get("shard") != told.get("shard"):
+      found.append(
+        "the records are another shard, or a shard of another corpus"
+      )
     elif self.header["corpus"] != corpus:
       found.append("the content of the training records is not the same")
     if found:
@@ -260,6 +302,7 @@ class Ledger:
     environment: str,
     state: str = "",
     intact: bool = True,
+    repeatable: Callable[[str], bool] = lambda branch: True,
   ) -> Branch:
     """The branch on which training goes on from a checkpoint.
 
@@ -271,6 +314,8 @@ class Ledger:
       state: digest of the arrays that a new branch would start from, which may
         hold settings (a learning rate, say) that no program shows.
       intact: whether these arrays are those that the checkpoint was made of.
+      repeatable: whether all that updates of a branch were made of from here on
+        is still there: teachers' weights.
 
     Returns:
       The checkpoint's own branch if continuing it repeats what it released or
@@ -290,11 +335,13 @@ class Ledger:
       branch is None
       or branch.lineage != lineage
       or not self._repeats_exactly(branch.name, checkpoint_step, environment)
-      or (not intact and self.last_step(branch.name) >= checkpoint_step)
-    ):
-      branch = self._fork(
-        checkpoint_branch, checkpoint_step, lineage, environment, state
+      or (
+        self.last_step(branch.name) >= checkpoint_step
+        and not (intact and repeatable(branch.name))
       )
+    ):
+      fork = checkpoint_branch, checkpoint_step, lineage, environment, state
+      branch = self._fork(*fork, repeatable)
     if self._environments[branch.name][-1][1] != environment:
       self._append(
         {
@@ -307,7 +354,13 @@ class Ledger:
     return branch
 
   def _fork(
-    self, parent: str, step: int, lineage: str, environment: str, state: str
+    self,
+    parent: str,
+    step: int,
+    lineage: str,
+    environment: str,
+    state: str,
+    repeatable: Callable[[str], bool],
   ) -> Branch:
     # The same fork may have been made before and have gone on under another
     # rounding: then it cannot be repeated, and its next namesake is taken.
@@ -319,7 +372,9 @@ class Ledger:
         branch = Branch(name, parent, step, lineage, environment)
         self._append({"kind": "branch", **branch._asdict()})
         return branch
-      if self._repeats_exactly(name, step, environment):
+      if self._repeats_exactly(name, step, environment) and (
+        self.last_step(name) < step or repeatable(name)
+      ):
         return self._branches[name]
     raise AssertionError("there is always a free name")
 
@@ -370,6 +425,17 @@ class Ledger:
       )
     entry = {"kind": "release", "branch": branch, "step": step}
     self._append({**entry, **update.as_dict(step)})
+
+  def record_lesson(
+    self, branch: str, step: int, lesson: teachers.Lesson
+  ) -> None:
+    """Writes down who teaches `branch` from update `step` on.
+
+    Raises:
+      OSError: the line could not be written; do not make the update.
+    """
+    told = {"kind": "lesson", "branch": branch, "step": step}
+    self._append({**told, **lesson.as_dict()})
 
   def record_other(self, other: others_lib.OtherRelease) -> None:
     """Writes down, once, what was released beside the updates.
@@ -435,6 +501,13 @@ class Ledger:
       )
     elif kind == "release":
       self._take_release(entry)
+    elif kind == "lesson":
+      if entry["branch"] not in self._branches:
+        raise ValueError(f"branch {entry['branch'][:12]} was never opened")
+      if entry["step"] <= self.last_step(entry["branch"]):
+        raise ValueError(f"update {entry['step']} was made without its lesson")
+      lesson = teachers.from_dict(entry)
+      self.lessons.add(entry["branch"], entry["step"], lesson)
     elif kind == "other":
       self._others.append(others_lib.from_dict(entry))
     elif kind == "unprotected":

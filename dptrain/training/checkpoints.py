@@ -140,6 +140,10 @@ class Checkpoints:
         " command again; it repeats what came after the checkpoint before."
       )
 
+  def oldest(self) -> int:
+    """Updates in the oldest checkpoint that is kept; 0 if there is none."""
+    return min(self._manager.all_steps(), default=0)
+
   def restore(self, like: Any) -> Restored | None:
     """Reads the newest checkpoint that is whole.
 
@@ -280,14 +284,15 @@ def state_digest(state: Any) -> str:
   """
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-    array = np.ascontiguousarray(_on_host(leaf))
+    array = np.ascontiguousarray(on_host(leaf))
     name = f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}"
     digest.update(name.encode())
     digest.update(array.tobytes())
   return digest.hexdigest()
 
 
-def _on_host(array: Any) -> np.ndarray:
+def on_host(array: Any) -> np.ndarray:
+  """An array whole; if it is spread over processes, all must call."""
   if isinstance(array, jax.Array) and not (
     array.is_fully_addressable or array.is_fully_replicated
   ):

@@ -1,11 +1,17 @@
 """What is sampled: the records of a corpus, or its documents or users."""
 
+import pathlib
+from typing import Any
+
 import numpy as np
 
+from dptrain.data import disjoint_shards
 from dptrain.data import store as store_lib
 from dptrain.data import units
 from dptrain.privacy import keys as keys_lib
 from dptrain.training import run as run_lib
+
+_KEY_FILE = "shard_key"
 
 
 def of_run(
@@ -18,7 +24,9 @@ def of_run(
 
   Formal guarantee: unit: that of `PrivacySettings.unit`. An example is a
   function of one unit and of the secret seed; a unit has one example, or, with
-  `unit_sampling` "records", at most `records_per_unit`.
+  `unit_sampling` "records", at most `records_per_unit`. Of a corpus that is
+  shared by several runs, only this run's units take part
+  (`disjoint_shards.own_records`).
 
   Args:
     run: the user's settings.
@@ -35,7 +43,9 @@ def of_run(
   """
   privacy = run.privacy
   if privacy.unit == "record":
-    return records
+    if run.shard.count == 1:
+      return records
+    return records.subset(_own_records(run, records, None))
   own = _keys(records, privacy.unit, run.train_split)
   if validation is not None:
     others = _keys(validation, privacy.unit, str(run.validation_split))
@@ -49,9 +59,59 @@ def of_run(
         " TrainingRun.validation_split=None."
       )
   choice = seed.digest("kept records")
+  limit = privacy.records_per_unit
+  here = _own_records(run, records, own)
   if privacy.unit_sampling == "records":
-    return records.subset(units.kept(own, privacy.records_per_unit, choice))
-  return units.by_unit(records, own, privacy.records_per_unit, choice)
+    return records.subset(here[units.kept(own[here], limit, choice)])
+  found = units.by_unit(records, own[here], limit, choice)
+  if run.shard.count == 1:
+    return found
+  there = np.where(found.members >= 0, here[found.members], -1)
+  return units.UnitStore(records, there)
+
+
+def shard(
+  run: run_lib.TrainingRun, records: store_lib.Store
+) -> dict[str, Any] | None:
+  """Which shard of which corpus a run trains on, as its ledger tells it.
+
+  Two runs that tell the same but for the index share no unit.
+
+  Args:
+    run: the user's settings.
+    records: the training records, of all shards.
+
+  Returns:
+    Plain data; None for a run on the whole corpus.
+  """
+  if run.shard.count == 1:
+    return None
+  key = _hash_key(run)
+  # Keyed: without the key nobody can try whether a corpus is this one.
+  corpus = key.fingerprint(records.content_digest())
+  identity = key.digest("identity").hex()
+  return disjoint_shards.described(run.shard, corpus, identity)
+
+
+def _hash_key(run: run_lib.TrainingRun) -> keys_lib.SecretSeed:
+  folder = pathlib.Path(str(run.shard.key_folder)).expanduser()
+  folder.mkdir(parents=True, exist_ok=True)
+  danger = "tell which records each run has read"
+  return keys_lib.load_or_create(folder, _KEY_FILE, danger)
+
+
+def _own_records(
+  run: run_lib.TrainingRun, records: store_lib.Store, keys: units.Keys | None
+) -> np.ndarray:
+  if run.shard.count == 1:
+    return np.arange(records.num_examples)
+  return disjoint_shards.own_records(
+    run.shard,
+    records,
+    keys,
+    run.privacy.relation,
+    _hash_key(run).digest("shards"),
+  )
 
 
 def _keys(records: store_lib.Store, unit: str, split: str) -> units.Keys:

@@ -6,7 +6,7 @@ data, the compiled programs (model, loss, clipping, optimizer and its learning
 rates), and dptrain's own code; all of it read from what will really run.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -41,6 +41,7 @@ def lineage(
   vocabulary: str,
   programs: str,
   public: Mapping[str, Any] | None = None,
+  taught: str = "",
 ) -> str:
   """Digest of all that decides the updates, apart from their rounding.
 
@@ -50,6 +51,8 @@ def lineage(
     vocabulary: fingerprint of the vocabulary.
     programs: `program_digest` of the step.
     public: what decides the term of public records; None without.
+    taught: digest of how teachers are matched; empty without. Who they are, the
+      ledger tells.
 
   Returns:
     64 hexadecimal digits.
@@ -65,6 +68,8 @@ def lineage(
   }
   if public is not None:
     parts["public"] = public
+  if taught:
+    parts["taught"] = taught
   return _digest(json.dumps(parts, sort_keys=True))
 
 
@@ -127,6 +132,33 @@ def program_digest(
   step = dataclasses.replace(step, microbatch_size=None)
   with _constants_in_text():
     return _digest("\n".join(_texts(step, params, opt_state, _one(batch))))
+
+
+def taught_program_digest(
+  step: step_lib.PrivateStep,
+  params: Any,
+  opt_state: Any,
+  batch: Any,
+  targets: Callable[..., Any],
+  teachers: Any,
+) -> str:
+  """As `program_digest`, of what computes teachers' predictions and uses them.
+
+  Args:
+    step: the private step.
+    params: parameters or their shapes.
+    opt_state: what `PrivateStep.init` returns, or its shapes.
+    batch: a physical batch or its shapes, without targets.
+    targets: (teachers, batch, examples_key, weight) -> batch with targets.
+    teachers: parameters of the teachers, or their shapes.
+  """
+  step = dataclasses.replace(step, microbatch_size=None)
+  rest = _key_shape(), jax.ShapeDtypeStruct((), "float32")
+  with _constants_in_text():
+    traced = jax.jit(targets).trace(teachers, _one(batch), *rest)
+    text = traced.lower(lowering_platforms=("cpu",)).as_text()
+    taught = jax.eval_shape(targets, teachers, _one(batch), *rest)
+    return _digest("\n".join([text, *_texts(step, params, opt_state, taught)]))
 
 
 def public_program_digest(

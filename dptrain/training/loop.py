@@ -17,8 +17,10 @@ from dptrain.privacy import ledger as ledger_lib
 from dptrain.privacy import plan as plan_lib
 from dptrain.reports import report as report_lib
 from dptrain.training import checkpoints as checkpoints_lib
+from dptrain.training import classroom as classroom_lib
 from dptrain.training import epsilon_meter
 from dptrain.training import evaluation as evaluation_lib
+from dptrain.training import exchange as exchange_lib
 from dptrain.training import feeding
 from dptrain.training import lineage as lineage_lib
 from dptrain.training import mesh as mesh_lib
@@ -33,7 +35,9 @@ from dptrain.training import run as run_lib
 
 
 def train(
-  run: run_lib.TrainingRun, records: records_lib.Records | None = None
+  run: run_lib.TrainingRun,
+  records: records_lib.Records | None = None,
+  exchange: exchange_lib.Exchange | None = None,
 ) -> run_lib.TrainingResult:
   """Trains until the plan ends or the budget is spent; resumes by itself.
 
@@ -47,6 +51,7 @@ def train(
   Args:
     run: the user's settings.
     records: what to train on instead of the run's task.
+    exchange: with other replicas, instead of the run's folder.
 
   Returns:
     How it ended.
@@ -93,7 +98,8 @@ def train(
     prepared = prepared._replace(
       environment=lineage_lib.joint_environment(environments)
     )
-    return _Loop(run, directory, ledger, prepared).run_to_the_end()
+    loop = _Loop(run, directory, ledger, prepared, exchange)
+    return loop.run_to_the_end()
 
 
 def _checked_layout(run: run_lib.TrainingRun) -> mesh_lib.Layout | None:
@@ -116,6 +122,7 @@ class _Loop:
     directory: pathlib.Path,
     ledger: ledger_lib.Ledger,
     prepared: preparation_lib.Preparation,
+    exchange: exchange_lib.Exchange | None,
   ):
     self.run, self.directory, self.ledger = run, directory, ledger
     self.prepared, self.plan = prepared, prepared.plan
@@ -140,6 +147,9 @@ class _Loop:
       self.public_zeros, self.public_accumulate = programs_lib.make_public(
         prepared.public.term, prepared.layout
       )
+    self.classroom = classroom_lib.make_classroom(
+      run, directory, ledger, prepared, exchange
+    )
     self.batches_built = itertools.count()
     self.epsilon = epsilon_meter.EpsilonMeter(
       self.plan.delta, self.plan.relation
@@ -208,6 +218,7 @@ class _Loop:
         raise
       self._save(checkpoints, step, state)
       checkpoints.finish(step)
+      self.classroom.end(step, state["params"])
       return self._result(step, state)
 
   def _restore(
@@ -230,10 +241,12 @@ class _Loop:
         lineage=self.prepared.lineage,
         environment=self.prepared.environment,
         state=digest,
+        repeatable=self.classroom.repeatable(step),
       )
       return branch._asdict()
 
     self.branch = ledger_lib.Branch(**processes.first(open_branch))
+    self.classroom.begin(self.branch.name)
     self._replay_noise(step)
     self.released.keep_in(self.directory, self.branch.name, step)
     return step, state
@@ -261,10 +274,12 @@ class _Loop:
     """One update: the only road from private examples to parameters."""
     release = self.plan.release(step)
     params = self.gathered(state["params"])
+    taught = self.classroom.before_update(step, state["params"])
     accumulator = self.zeros(params, state["opt_state"])
     examples_key = self._key("examples", step)
     # Nothing here waits for a device: the next batches are built meanwhile.
     for batch in self._batches(self.feed, step):
+      batch = taught(batch, examples_key)
       accumulator = self.accumulate(params, accumulator, batch, examples_key)
     public_gradient = self._public_gradient(params, step)
     self._stop_if_asked()
@@ -416,6 +431,7 @@ class _Loop:
       state,
       {"branch": self.branch.name, "ledger": self.ledger.segments()},
     )
+    self.classroom.forget(checkpoints.oldest())
     if not processes.is_first():
       return
     progress_lib.write_report(self.ledger, self.directory)

@@ -4,6 +4,7 @@ Nothing in this file trains: bad input is told before compute, privacy budget or
 a change to MODEL_DIR is spent on it.
 """
 
+import functools
 import pathlib
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from dptrain.training import mesh as mesh_lib
 from dptrain.training import ngram_learning
 from dptrain.training import numerics
 from dptrain.training import objective as objective_lib
+from dptrain.training import programs as programs_lib
 from dptrain.training import public_data as public_data_lib
 from dptrain.training import records as records_lib
 from dptrain.training import run as run_lib
@@ -49,6 +51,8 @@ class Preparation(NamedTuple):
     params: shapes of the parameters.
     weights: to start from; None: fresh ones.
     public: public records that take part; None without.
+    vocabulary: fingerprint of the vocabulary.
+    shard: which shard of which corpus is trained on; None for a whole one.
     layout: where arrays are on a mesh; None on one device.
     lineage: digest of what decides the gradients.
     environment: digest of what may change their rounding.
@@ -65,6 +69,8 @@ class Preparation(NamedTuple):
   params: Any
   weights: Any
   public: public_data_lib.PublicExamples | None
+  vocabulary: str
+  shard: dict[str, Any] | None
   layout: mesh_lib.Layout | None
   lineage: str
   environment: str
@@ -189,11 +195,13 @@ def prepare(
   params = jax.eval_shape(objective.model.init, seed.key("shapes", branch=""))
   weights = run.initial_weights.load(params)
   corpus_fingerprint = seed.fingerprint(store.content_digest())
+  shard = examples_lib.shard(run, records_store)
   ledger.start(
     plan,
     corpus=corpus_fingerprint,
     seed=seed.digest("identity").hex(),
     fixed_seed=seed.fixed,
+    shard=shard,
   )
   for other in others:
     ledger.record_other(other)
@@ -243,6 +251,8 @@ def prepare(
     params=params,
     weights=weights,
     public=public,
+    vocabulary=records.vocabulary_fingerprint,
+    shard=shard,
     layout=layout,
     lineage=lineage_lib.lineage(
       plan=plan.as_dict(),
@@ -252,6 +262,7 @@ def prepare(
         step, params, jax.eval_shape(step.init, params), batch
       ),
       public=_described(run, public, params),
+      taught=_taught(run, objective, step, params, batch),
     ),
     environment=lineage_lib.environment(
       run.physical_batch_size,
@@ -272,6 +283,32 @@ def _described(
   batch = _batch_shapes(run, public.store.record_shape)
   program = lineage_lib.public_program_digest(public.term, params, batch)
   return {**public.described(), "program": program}
+
+
+def _taught(
+  run: run_lib.TrainingRun,
+  objective: objective_lib.Objective,
+  step: step_lib.PrivateStep,
+  params: Any,
+  batch: Any,
+) -> str:
+  """Digest of how teachers are matched; empty where nobody teaches."""
+  if not run.learns:
+    return ""
+  model = objective.model
+  teachers = (jax.eval_shape(model.bare_params, params),)
+  opt_state = jax.eval_shape(step.init, params)
+  digest = lineage_lib.taught_program_digest(
+    step,
+    params,
+    opt_state,
+    batch,
+    functools.partial(
+      programs_lib.targets, objective, run.distillation, (model.bare,)
+    ),
+    teachers,
+  )
+  return f"{run.distillation} {digest}"
 
 
 def _batch_shapes(

@@ -3,14 +3,18 @@
 Shapes: B physical batch, S shards of a mesh.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import functools
 from typing import Any, NamedTuple
 
 import jax
 
+from dptrain.models import distillation as distillation_lib
+from dptrain.models import masked_lm
 from dptrain.privacy import correlated_noise
 from dptrain.privacy import noise
 from dptrain.training import mesh as mesh_lib
+from dptrain.training import objective as objective_lib
 from dptrain.training import public_data
 from dptrain.training import sharded_step
 from dptrain.training import step as step_lib
@@ -139,6 +143,64 @@ def make_public(
     jax.jit(term.zeros, **places),
     jax.jit(term.accumulate, donate_argnums=1, **places),
   )
+
+
+def targets(
+  objective: objective_lib.Objective,
+  distillation: distillation_lib.Distillation,
+  models: Sequence[masked_lm.MaskedLanguageModel],
+  params: Sequence[Any],
+  batch: Any,
+  examples_key: jax.Array,
+  weight: jax.Array,
+) -> Any:
+  """What teachers predict of a physical batch, under the student's masks.
+
+  Args:
+    objective: the student's.
+    distillation: how it learns.
+    models: K teachers, at least one.
+    params: of each.
+    batch: a physical batch [B, ...].
+    examples_key: of the update.
+    weight: of the term, a scalar.
+
+  Returns:
+    The batch with an entry "targets" (`distillation.Targets`).
+  """
+  keys = step_lib.example_keys(batch, examples_key)
+  masked = objective.masked_for_teachers(batch, keys)
+  logits = distillation.averaged(
+    [
+      model.logits(own, masked)
+      for model, own in zip(models, params, strict=True)
+    ]
+  )
+  tokens = batch["tokens"]
+  logits = logits.reshape(*tokens.shape[:-1], *logits.shape[1:])
+  weights = jax.numpy.broadcast_to(
+    jax.numpy.asarray(weight, logits.dtype), tokens.shape[:1]
+  )
+  taught = distillation_lib.Targets(logits, weights, distillation)
+  return {**batch, "targets": taught}
+
+
+def make_targets(
+  objective: objective_lib.Objective,
+  distillation: distillation_lib.Distillation,
+  models: Sequence[masked_lm.MaskedLanguageModel],
+  layout: mesh_lib.Layout | None = None,
+) -> Callable[..., Any]:
+  """Jits `targets`: (params, batch, examples_key, weight) -> batch.
+
+  Args:
+    objective: the student's.
+    distillation: how it learns.
+    models: the teachers.
+    layout: of the mesh; None for one device.
+  """
+  made = functools.partial(targets, objective, distillation, tuple(models))
+  return jax.jit(made, out_shardings=None if layout is None else layout.rows)
 
 
 def accumulator_shardings(

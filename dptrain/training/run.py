@@ -5,12 +5,15 @@ import dataclasses
 import optax
 
 from dptrain.clipping import methods
+from dptrain.data import disjoint_shards
 from dptrain.data import masking as masking_lib
 from dptrain.data import vocabulary as vocabulary_lib
+from dptrain.models import distillation as distillation_lib
 from dptrain.models import masked_lm
 from dptrain.optimizers import codebook_settings
 from dptrain.privacy import plan as plan_lib
 from dptrain.training import checkpoints as checkpoints_lib
+from dptrain.training import codistillation as codistillation_lib
 from dptrain.training import evaluation as evaluation_lib
 from dptrain.training import initial_weights as initial_weights_lib
 from dptrain.training import mesh as mesh_lib
@@ -47,6 +50,9 @@ class TrainingRun:
     initial_weights: where training starts; fresh parameters by default.
     codebooks: rates and thresholds of an N-Grammer's codebooks and tables; not
       read for a model without one.
+    shard: which units of the corpus are this run's; all of them by default.
+    codistillation: which other runs it learns from while they train.
+    distillation: how it learns from teachers, if it has any.
     prepared: folder that `dptrain prepare` has written: train on its records,
       and never read the task. None: read and tokenise the task at each start.
     train_split: name of the task's split to train on.
@@ -91,6 +97,15 @@ class TrainingRun:
   )
   codebooks: codebook_settings.CodebookSettings = dataclasses.field(
     default_factory=codebook_settings.CodebookSettings
+  )
+  shard: disjoint_shards.ShardSettings = dataclasses.field(
+    default_factory=disjoint_shards.ShardSettings
+  )
+  codistillation: codistillation_lib.Codistillation = dataclasses.field(
+    default_factory=codistillation_lib.Codistillation
+  )
+  distillation: distillation_lib.Distillation = dataclasses.field(
+    default_factory=distillation_lib.Distillation
   )
   prepared: str | None = None
   train_split: str = "train"
@@ -141,9 +156,17 @@ class TrainingRun:
         " classes drawn by MaskedLanguageModel.sampling may differ between the"
         " norm and the sum; use 'auto' or 'one_pass'."
       )
+    self.codistillation.check_shard(self.shard.index, self.shard.count)
+    if self.learns:
+      self.model.check_takes_targets()
     ngram_learning.check_scaled(self.model)
     ngram_learning.check_claim(self.model, self.fixed_seed)
     self.model.check(self.sequence_length, self.model.bert.vocab_size)
+
+  @property
+  def learns(self) -> bool:
+    """Whether any teacher's predictions can enter an update."""
+    return bool(self.codistillation.teachers) and self.distillation.weight > 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -382,7 +382,7 @@ class PrivateStep:
       metrics = self.metrics.sums(clipped, rule.l2_clip_norm)
       added = added._replace(metrics=accumulator.metrics + metrics)
     if (exact := self.unprotected_codebooks) is not None:
-      keys, sums = _example_keys(batch, examples_key), accumulator.codebooks
+      keys, sums = example_keys(batch, examples_key), accumulator.codebooks
       sums = exact.added(sums, self.loss_fn, params, batch, keys)
       added = added._replace(codebooks=sums)
     if accumulator.statistics is None:
@@ -405,7 +405,7 @@ class PrivateStep:
       self.loss_fn,
       params,
       batch,
-      _example_keys(batch, examples_key),
+      example_keys(batch, examples_key),
       batch["is_padding"],
       rule,
       self.clipping_method,
@@ -420,8 +420,13 @@ class PrivateStep:
     )
 
 
-def _example_keys(batch: Batch, examples_key: jax.Array) -> jax.Array:
-  """A key for each example, of its number alone."""
+def example_keys(batch: Batch, examples_key: jax.Array) -> jax.Array:
+  """A key [B] for each example of an update, of its number alone.
+
+  Args:
+    batch: a physical batch.
+    examples_key: of the update.
+  """
   return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
     examples_key, batch["example_ids"]
   )

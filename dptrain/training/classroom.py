@@ -1,0 +1,143 @@
+"""What a loop calls around each update so that teachers take part in it.
+
+Whoever trains calls `before_update` once per update and passes each physical
+batch through what it returns; without teachers both do nothing.
+
+Shapes: B physical batch.
+"""
+
+from collections.abc import Callable
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from dptrain.privacy import ledger as ledger_lib
+from dptrain.training import exchange as exchange_lib
+from dptrain.training import preparation as preparation_lib
+from dptrain.training import programs as programs_lib
+from dptrain.training import progress as progress_lib
+from dptrain.training import run as run_lib
+from dptrain.training import teaching as teaching_lib
+
+AddTargets = Callable[[Any, jax.Array], Any]
+
+
+class Classroom:
+  """The teachers of a run, on its devices."""
+
+  def __init__(
+    self,
+    run: run_lib.TrainingRun,
+    prepared: preparation_lib.Preparation,
+    teaching: teaching_lib.Teaching | None,
+  ):
+    """Takes the run and its teachers; None: nobody teaches or is taught."""
+    self._run, self._prepared, self._teaching = run, prepared, teaching
+    self._programs: dict[int, Callable[..., Any]] = {}
+    self._placed: dict[str, Any] = {}
+
+  def repeatable(self, step: int) -> Callable[[str], bool]:
+    """For `Ledger.open_branch`, from a checkpoint after `step` updates."""
+    if self._teaching is None:
+      return lambda branch: True
+    teaching = self._teaching
+    return lambda branch: teaching.repeatable(branch, step)
+
+  def begin(self, branch: str) -> None:
+    """Trains on this branch from now on."""
+    if self._teaching is not None:
+      self._teaching.begin(branch)
+
+  def before_update(self, step: int, params: Any) -> AddTargets:
+    """Exchanges weights if it is time; see `Teaching.before_update`.
+
+    Args:
+      step: the update that comes.
+      params: parameters at rest before it.
+
+    Returns:
+      (physical batch, the update's examples key) -> the batch that
+      `PrivateStep.accumulate` takes: with teachers' predictions, if there are
+      any.
+    """
+    if self._teaching is None:
+      return _unchanged
+    taught = self._teaching.before_update(step, params)
+    if taught is None:
+      self._placed = {}
+      return _unchanged
+    self._placed = {
+      name: self._placed.get(name) or self._on_devices(own)
+      for name, own in zip(taught.fingerprints, taught.params, strict=True)
+    }
+    teachers = tuple(self._placed[name] for name in taught.fingerprints)
+    program, weight = self._program(len(teachers)), np.float32(taught.weight)
+    return lambda batch, key: program(teachers, batch, key, weight)
+
+  def forget(self, oldest: int) -> None:
+    """See `Teaching.forget`."""
+    if self._teaching is not None:
+      self._teaching.forget(oldest)
+
+  def end(self, step: int, params: Any) -> None:
+    """Publishes the last parameters, for those who are still training."""
+    if self._teaching is not None:
+      self._teaching.publish(step, params)
+
+  def _program(self, count: int) -> Callable[..., Any]:
+    if count not in self._programs:
+      objective = self._prepared.objective
+      self._programs[count] = programs_lib.make_targets(
+        objective,
+        self._run.distillation,
+        (objective.model.bare,) * count,
+        self._prepared.layout,
+      )
+    return self._programs[count]
+
+  def _on_devices(self, params: Any) -> Any:
+    layout = self._prepared.layout
+    if layout is None:
+      return jax.tree.map(jax.numpy.asarray, params)
+    places = self._prepared.objective.model.bare_params(layout.gathered_params)
+    return jax.tree.map(
+      lambda x, place: jax.make_array_from_callback(
+        x.shape, place, lambda index: x[index]
+      ),
+      params,
+      places,
+    )
+
+
+def make_classroom(
+  run: run_lib.TrainingRun,
+  directory: pathlib.Path,
+  ledger: ledger_lib.Ledger,
+  prepared: preparation_lib.Preparation,
+  exchange: exchange_lib.Exchange | None = None,
+) -> Classroom:
+  """The classroom of a run; all its refusals happen here.
+
+  Args:
+    run: the user's settings.
+    directory: MODEL_DIR.
+    ledger: of it.
+    prepared: of the run.
+    exchange: with other replicas, instead of the run's folder.
+
+  Raises:
+    ValueError: another replica does not fit, or nothing can be published.
+  """
+  teaching = None
+  if run.codistillation.replicas > 1:
+    teaching = teaching_lib.Teaching(
+      run, directory, ledger, prepared, exchange, progress_lib.say
+    )
+  return Classroom(run, prepared, teaching)
+
+
+def _unchanged(batch: Any, examples_key: jax.Array) -> Any:
+  del examples_key
+  return batch
