@@ -125,17 +125,20 @@ def _check_values(settings: Any) -> None:
       )
   for name in ("weight", "deviation_scale", "row_weight"):
     value = getattr(settings, name)
-    if isinstance(value, bool) or not 0.0 < value < math.inf:
+    if not _is_number(value) or not 0.0 < value < math.inf:
       raise ValueError(
         f"NGrammerSettings.{name}={value!r} must be positive and finite"
       )
-  if not 0.0 <= settings.commitment < math.inf:
+  commitment = settings.commitment
+  if not _is_number(commitment) or not 0.0 <= commitment < math.inf:
     raise ValueError(
-      f"NGrammerSettings.commitment={settings.commitment!r} must be finite and"
+      f"NGrammerSettings.commitment={commitment!r} must be finite and"
       " not negative; use 0 to switch it off"
     )
   scale = settings.initial_scale
-  if scale is not None and not 0.0 < scale < math.inf:
+  if scale is not None and (
+    not _is_number(scale) or not 0.0 < scale < math.inf
+  ):
     raise ValueError(
       f"NGrammerSettings.initial_scale={scale!r} must be positive and finite,"
       " or None"
@@ -157,3 +160,8 @@ def _check_values(settings: Any) -> None:
         f"NGrammerSettings.{name}={getattr(settings, name)!r} must be one of"
         f" {', '.join(map(repr, choices))}"
       )
+
+
+def _is_number(value: Any) -> bool:
+  """Whether a value can be compared with numbers, and is meant as one."""
+  return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -116,10 +116,12 @@ class PrivacyReport:
   def statement(self) -> str:
     """The guarantee in a few sentences."""
     if wording.EXACT_CODEBOOKS in self.unprotected:
+      # Such a run has a fixed seed, which its reader must not have to guess.
+      fixed = "" if self.claim else " The seed is fixed, too."
       return (
         "NO PRIVACY CLAIM: the N-Grammer's codebooks follow exact means of"
-        " private batches, which no epsilon covers. The figures below are of"
-        " everything else, under a secret seed."
+        f" private batches, which no epsilon covers.{fixed} The figures below"
+        " are of everything else, under a secret seed."
       )
     if not self.claim:
       return (

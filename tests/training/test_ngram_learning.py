@@ -321,6 +321,7 @@ def test_unprotected_codebooks_need_a_run_without_claim(tmp_path):
   assert "exact means of each batch, neither clipped nor noised" in text
   # Not what a fixed seed is told: with a secret one this run claims nothing.
   assert made.statement().startswith("NO PRIVACY CLAIM: the N-Grammer's")
+  assert "The seed is fixed, too." in made.statement()
   joint = several_runs.make_joint_report({"one": ledger})
   assert "NO PRIVACY CLAIM: the N-Grammer's" in joint.as_text()
   with pytest.raises(ValueError, match="leaves no claim to audit"):
