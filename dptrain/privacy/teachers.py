@@ -197,11 +197,17 @@ def composed_epsilon(
   return max(bounds, key=lambda bound: bound.value)
 
 
+@dataclasses.dataclass(frozen=True)
 class Lessons:
-  """All lessons of a ledger, by branch."""
+  """All lessons of a ledger.
 
-  def __init__(self) -> None:
-    self._by_branch: dict[str, dict[int, Lesson]] = {}
+  Attributes:
+    by_branch: by branch and by the update that they begin with.
+  """
+
+  by_branch: dict[str, dict[int, Lesson]] = dataclasses.field(
+    default_factory=dict
+  )
 
   def add(self, branch: str, step: int, lesson: Lesson) -> None:
     """Takes the lesson that holds from update `step` on.
@@ -209,7 +215,7 @@ class Lessons:
     Raises:
       ValueError: it does not come after the last one of its branch.
     """
-    steps = self._by_branch.setdefault(branch, {})
+    steps = self.by_branch.setdefault(branch, {})
     if steps and step <= max(steps):
       raise ValueError(
         f"a lesson of update {step} stands after that of {max(steps)}"
@@ -218,17 +224,17 @@ class Lessons:
 
   def at(self, branch: str, step: int) -> Lesson | None:
     """The lesson that was learned in update `step`; None if there is none."""
-    steps = self._by_branch.get(branch, {})
+    steps = self.by_branch.get(branch, {})
     before = [start for start in steps if start <= step]
     return steps[max(before)] if before else None
 
   def begins_at(self, branch: str, step: int) -> bool:
     """Whether a lesson begins with update `step`."""
-    return step in self._by_branch.get(branch, {})
+    return step in self.by_branch.get(branch, {})
 
   def since(self, branch: str, step: int) -> list[Lesson]:
     """Those in force at update `step` or later."""
-    steps = self._by_branch.get(branch, {})
+    steps = self.by_branch.get(branch, {})
     now = self.at(branch, step)
     later = [lesson for start, lesson in steps.items() if start > step]
     return ([] if now is None else [now]) + later
@@ -236,5 +242,5 @@ class Lessons:
   def all(self) -> list[Lesson]:
     """Of all branches, in the order in which they were written."""
     return [
-      lesson for steps in self._by_branch.values() for lesson in steps.values()
+      lesson for steps in self.by_branch.values() for lesson in steps.values()
     ]

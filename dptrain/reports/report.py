@@ -16,6 +16,7 @@ from dptrain.privacy import ledger as ledger_lib
 from dptrain.privacy import plan as plan_lib
 from dptrain.privacy import rounds
 from dptrain.reports import layout
+from dptrain.reports import taught as taught_lib
 from dptrain.reports import wording
 
 TEXT_FILE = "privacy_report.txt"
@@ -51,7 +52,9 @@ class PrivacyReport:
     unit: the privacy unit in words.
     relation: the neighbouring relation in words.
     delta: of the guarantee.
-    epsilon: the bound for everything released, with its accountant.
+    epsilon: the bound for everything released, with its accountant; where the
+      run learned from others, for what they had released, too.
+    taught: who taught it, and at what price; None if nobody did.
     epsilon_without_amplification: for comparison, every update priced as if it
       had read every record.
     others: what was released beside the updates; priced with them.
@@ -81,10 +84,12 @@ class PrivacyReport:
   public: list[dict[str, str]]
   unprotected: list[str]
   versions: dict[str, str]
+  taught: taught_lib.Taught | None = None
 
   def as_json(self) -> str:
     """The report as JSON text."""
     data = dataclasses.asdict(self) | {"epsilon": self.epsilon.as_dict()}
+    data["taught"] = None if self.taught is None else self.taught.as_dict()
     if self.epsilon_without_amplification == math.inf:
       data["epsilon_without_amplification"] = "inf"  # JSON has no infinity
     return json.dumps(data, indent=2, sort_keys=True) + "\n"
@@ -134,10 +139,13 @@ class PrivacyReport:
       metrics = " the private metrics,"
     if self.others:
       metrics += " the vocabulary,"
+    teachers = ""
+    if self.taught is not None:
+      teachers = ", and all weights of other runs that they learned from,"
     return (
-      f"The trained parameters,{metrics} and every checkpoint of every branch,"
-      f" together are ({layout.rounded_up(self.epsilon.value)},"
-      f" {self.delta})-differentially"
+      f"The trained parameters,{metrics} and every checkpoint of every branch"
+      f"{teachers or ','} together are"
+      f" ({layout.rounded_up(self.epsilon.value)}, {self.delta})-differentially"
       " private."
       f" Protected is {self.unit}."
     )
@@ -156,6 +164,7 @@ class PrivacyReport:
         "epsilon",
         f"{layout.rounded_up(eps.value)} ({eps.accountant}, {eps.settings})",
       ),
+      *(self.taught.facts() if self.taught is not None else ()),
       ("delta", f"{self.delta}"),
       ("epsilon by RDP / PLD", f"{rdp} / {pld}"),
       (
@@ -279,6 +288,8 @@ def make_report(ledger: ledger_lib.Ledger) -> PrivacyReport:
   plan = ledger.header["plan"]
   releases, updates = ledger.releases(), ledger.update_releases()
   left = ledger.delta_left(plan["delta"])
+  alone = accounting.epsilon(releases, left, plan["relation"])
+  taught = taught_lib.taught(ledger, plan["delta"], plan["relation"])
   return PrivacyReport(
     claim=not ledger.fixed_seed,
     plan=plan,
@@ -287,7 +298,7 @@ def make_report(ledger: ledger_lib.Ledger) -> PrivacyReport:
     unit=wording.unit(plan),
     relation=wording.RELATION_TEXT[plan["relation"]],
     delta=plan["delta"],
-    epsilon=accounting.epsilon(releases, left, plan["relation"]),
+    epsilon=alone if taught is None else taught.epsilon,
     epsilon_without_amplification=accounting.epsilon_without_amplification(
       releases, left, plan["relation"]
     ),
@@ -309,6 +320,7 @@ def make_report(ledger: ledger_lib.Ledger) -> PrivacyReport:
     public=[piece._asdict() for piece in ledger.public],
     unprotected=[
       *ledger.unprotected,
+      *([] if taught is None else taught.unprotected),
       *(
         []
         if plan["relation"] == "add_or_remove_one"
@@ -317,6 +329,7 @@ def make_report(ledger: ledger_lib.Ledger) -> PrivacyReport:
       *_ALWAYS_UNPROTECTED,
     ],
     versions=versions(),
+    taught=taught,
   )
 
 

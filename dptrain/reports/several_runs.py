@@ -8,9 +8,10 @@ from typing import Any
 
 from dptrain.privacy import accounting
 from dptrain.privacy import ledger as ledger_lib
-from dptrain.privacy import others as others_lib
+from dptrain.privacy import teachers
 from dptrain.reports import layout
 from dptrain.reports import report as report_lib
+from dptrain.reports import taught
 from dptrain.reports import wording
 
 
@@ -21,6 +22,7 @@ class JointReport:
   Attributes:
     claim: whether all runs had a secret seed.
     disjoint: whether their corpora share no unit.
+    composed_by: how, in words.
     unit: the privacy unit in words.
     relation: the neighbouring relation in words.
     delta: the largest of the runs'.
@@ -32,6 +34,7 @@ class JointReport:
 
   claim: bool
   disjoint: bool
+  composed_by: str
   unit: str
   relation: str
   delta: float
@@ -49,15 +52,10 @@ class JointReport:
 
   def as_text(self) -> str:
     """The report as text for people."""
-    how = (
-      "parallel composition: no unit is in two of the corpora"
-      if self.disjoint
-      else "sequential composition: all runs read the same corpus"
-    )
     facts = [
       ("privacy unit", self.unit),
       ("neighbouring corpora", self.relation),
-      ("composed by", how),
+      ("composed by", self.composed_by),
       ("delta", f"{self.delta}"),
       *(
         (name, f"epsilon {layout.rounded_up(value)} alone")
@@ -104,16 +102,16 @@ def make_joint_report(
 ) -> JointReport:
   """Composes the ledgers of several runs.
 
-  Formal guarantee: unit and relation: those of the runs, which must agree. On
-  one corpus, the releases of all runs are one sequence, adaptively chosen. On
-  disjoint corpora a unit is in one of them at most, and the others are the same
-  for both neighbours: the dearest run bounds them all, even if runs read each
-  other's releases (parallel composition). That corpora are the same, or
-  disjoint, is taken on trust: a ledger does not hold what would tell.
+  Formal guarantee: that of `teachers.composed_epsilon`. Runs that learned from
+  others bring what those had released. On one corpus, the releases of all runs
+  are one sequence, adaptively chosen. On disjoint corpora a unit is in one of
+  them at most, and the others are the same for both neighbours: the dearest
+  bounds them all. Shards of one corpus are known to be disjoint by their
+  ledgers; that other corpora are disjoint, or the same, is taken on trust.
 
   Args:
     ledgers: at least one, by name.
-    disjoint: the corpora share no unit.
+    disjoint: the corpora share no unit, though no ledger tells.
 
   Returns:
     The report.
@@ -124,8 +122,18 @@ def make_joint_report(
   reports = {
     name: report_lib.make_report(ledger) for name, ledger in ledgers.items()
   }
-  _check_alike(reports, disjoint)
+  sources = _sources(ledgers, disjoint)
+  apart = "" not in teachers.by_part(sources)
+  learned = any(ledger.lessons.all() for ledger in ledgers.values())
+  # Runs that learned from each other may have been given what corpora they had.
+  _check_alike(reports, apart or learned)
   _check_no_copies(ledgers)
+  if disjoint and not apart:
+    raise ledger_lib.LedgerError(
+      "--disjoint, but by their ledgers these runs may have read the same units"
+      " (Codistillation.corpora='overlapping', or shards of different"
+      " divisions): report them without it."
+    )
   some = next(iter(reports.values()))
   relation = some.plan["relation"]
   delta = max(report.delta for report in reports.values())
@@ -135,29 +143,33 @@ def make_joint_report(
     ).value
     for name, ledger in ledgers.items()
   }
-  if disjoint:
-    epsilon = max(alone.values())
-  else:
-    # One vocabulary that several runs were given was released once.
-    others = dict.fromkeys(o for each in ledgers.values() for o in each.others)
-    everything = others_lib.releases(list(others))
-    for ledger in ledgers.values():
-      everything += ledger.update_releases()
-    left = others_lib.delta_left(list(others), delta)
-    epsilon = accounting.epsilon(everything, left, relation).value
   told = [text for report in reports.values() for text in report.unprotected]
   pieces = [piece for ledger in ledgers.values() for piece in ledger.public]
   return JointReport(
     claim=all(report.claim for report in reports.values()),
-    disjoint=disjoint,
+    disjoint=apart,
+    composed_by=taught.composed_by(sources),
     unit=some.unit,
     relation=some.relation,
     delta=delta,
-    epsilon=epsilon,
+    epsilon=teachers.composed_epsilon(sources, delta, relation).value,
     runs=alone,
     public=[piece._asdict() for piece in dict.fromkeys(pieces)],
     unprotected=list(dict.fromkeys(told)),
   )
+
+
+def _sources(
+  ledgers: Mapping[str, ledger_lib.Ledger], disjoint: bool
+) -> tuple[teachers.Source, ...]:
+  """All runs, and those that they learned from, each once."""
+  found: list[teachers.Source] = []
+  for number, ledger in enumerate(ledgers.values()):
+    part = teachers.shard_part(ledger.header.get("shard"))
+    if not part and disjoint:
+      part = f"{teachers.DECLARED}/{number}"
+    found += ledger.sources(part)
+  return teachers.newest(found)
 
 
 def _check_alike(

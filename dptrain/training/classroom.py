@@ -50,12 +50,13 @@ class Classroom:
     if self._teaching is not None:
       self._teaching.begin(branch)
 
-  def before_update(self, step: int, params: Any) -> AddTargets:
-    """Exchanges weights if it is time; see `Teaching.before_update`.
+  def offer(self, step: int, params: Any) -> None:
+    """See `Teaching.offer`; before `before_update` of the same step."""
+    if self._teaching is not None:
+      self._teaching.offer(step, params)
 
-    Args:
-      step: the update that comes.
-      params: parameters at rest before it.
+  def before_update(self, step: int) -> AddTargets:
+    """Looks for teachers if it is time; see `Teaching.before_update`.
 
     Returns:
       (physical batch, the update's examples key) -> the batch that
@@ -64,12 +65,13 @@ class Classroom:
     """
     if self._teaching is None:
       return _unchanged
-    taught = self._teaching.before_update(step, params)
+    taught = self._teaching.before_update(step)
     if taught is None:
       self._placed = {}
       return _unchanged
+    before = self._placed
     self._placed = {
-      name: self._placed.get(name) or self._on_devices(own)
+      name: before[name] if name in before else self._on_devices(name, own)
       for name, own in zip(taught.fingerprints, taught.params, strict=True)
     }
     teachers = tuple(self._placed[name] for name in taught.fingerprints)
@@ -97,7 +99,11 @@ class Classroom:
       )
     return self._programs[count]
 
-  def _on_devices(self, params: Any) -> Any:
+  def _on_devices(self, fingerprint: str, params: Any) -> Any:
+    if self._teaching is not None:
+      placed = self._teaching.placed(fingerprint)
+      if placed is not None:
+        return placed
     layout = self._prepared.layout
     if layout is None:
       return jax.tree.map(jax.numpy.asarray, params)

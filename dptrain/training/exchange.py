@@ -38,6 +38,8 @@ class Publication(NamedTuple):
     ledger: the bytes of its ledger at that time.
     fingerprint: digest of the weights.
     branch: of the ledger, on which they were made.
+    arrays: the tree of the parameters on the replica's devices; None once they
+      are read elsewhere.
   """
 
   replica: int
@@ -46,6 +48,7 @@ class Publication(NamedTuple):
   ledger: bytes
   fingerprint: str
   branch: str
+  arrays: Any = None
 
 
 class Exchange(Protocol):
@@ -82,6 +85,17 @@ class Exchange(Protocol):
     Returns:
       The newest publication of at most `step` updates; if all are ahead of
       that, the newest. None if there is none that is whole.
+    """
+
+  def placed(self, fingerprint: str, reader: int) -> Any:
+    """What `read` returned as a tree on the reader's devices, if it is there.
+
+    Args:
+      fingerprint: of the weights.
+      reader: number of the replica.
+
+    Returns:
+      The tree; None: take the weights of the publication.
     """
 
 
@@ -129,7 +143,7 @@ class SharedFolder:
         found = json.loads(path.read_text())
       except (OSError, ValueError):
         continue  # being written; that replica will look at ours
-      _check_fits(own, found, name, str(self._root))
+      check_fits(own, found, name, str(self._root))
     self._write(self._own / _DESCRIPTION, json.dumps(own, indent=1).encode())
 
   def _check_not_taken(self, own: Mapping[str, Any]) -> None:
@@ -187,6 +201,11 @@ class SharedFolder:
         )
     return None
 
+  def placed(self, fingerprint: str, reader: int) -> Any:
+    """None: see `Exchange`."""
+    del fingerprint, reader
+    return None
+
   def _published(self, replica: int) -> list["_File"]:
     """What is there, in the order in which it was published."""
     found = []
@@ -224,6 +243,7 @@ class _File(NamedTuple):
 
 def _packed(publication: Publication) -> bytes:
   told = publication._asdict()
+  del told["arrays"]
   weights, ledger = told.pop("weights"), told.pop("ledger")
   arrays: Any = {f"{_WEIGHT}{name}": array for name, array in weights.items()}
   arrays[_TOLD] = np.frombuffer(json.dumps(told).encode(), np.uint8)
@@ -251,10 +271,20 @@ def _unpacked(data: bytes, digest: str, replica: int) -> Publication:
     )
 
 
-def _check_fits(
+def check_fits(
   own: Mapping[str, Any], found: Mapping[str, Any], name: str, root: str
 ) -> None:
-  """Raises ValueError if another replica trains something else."""
+  """Refuses a replica that trains something else, or is a copy.
+
+  Args:
+    own: what this replica trains.
+    found: what another one does.
+    name: of that one.
+    root: of the exchange.
+
+  Raises:
+    ValueError: names each difference.
+  """
   if found.get("run") == own.get("run"):
     raise ValueError(
       f"replica {name} in Codistillation.exchange={root!r} has this run's own"

@@ -1,6 +1,6 @@
 """The thin loop: the whole of private training in one sitting."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 import contextlib
 import functools
 import itertools
@@ -63,47 +63,63 @@ def train(
     ElsewhereError: any of these, in another process.
     KeyboardInterrupt: interrupted, after saving what was done.
   """
+  with contextlib.ExitStack() as stack:
+    return begin(stack, run, records, exchange).run_to_the_end()
+
+
+def begin(
+  stack: contextlib.ExitStack,
+  run: run_lib.TrainingRun,
+  records: records_lib.Records | None = None,
+  exchange: exchange_lib.Exchange | None = None,
+  devices: Sequence[jax.Device] | None = None,
+) -> "_Loop":
+  """All of `train` that comes before the first update.
+
+  Args:
+    stack: keeps the ledger open.
+    run: as in `train`.
+    records: as there.
+    exchange: as there.
+    devices: those of this run; None: all of them.
+  """
   # The noise must not depend on how arrays are sharded.
   jax.config.update("jax_threefry_partitionable", True)
   told = processes.comparable(run)
   told.pop("model_dir", None)  # may have another name on another machine
   processes.check_equal("settings", told)
-  layout = processes.everywhere(lambda: _checked_layout(run))
+  layout = processes.everywhere(lambda: _checked_layout(run, devices))
   directory = pathlib.Path(run.model_dir).expanduser()
   processes.first(lambda: directory.mkdir(parents=True, exist_ok=True))
   processes.check_shared(directory)
-  with (
-    contextlib.ExitStack() as stack,
-    processes.interruptible(),
-    progress_lib.logs_said(),
-  ):
+  stack.enter_context(processes.interruptible())
+  stack.enter_context(progress_lib.logs_said())
 
-    def prepare() -> tuple[ledger_lib.Ledger, preparation_lib.Preparation]:
-      if processes.is_first():
-        ledger = stack.enter_context(ledger_lib.opened(directory))
-        ledger.check_not_lost()
-      else:
-        ledger = ledger_lib.read(directory)
-      prepared = preparation_lib.prepare(
-        run, directory, ledger, records, layout
-      )
-      return ledger, prepared
+  def prepare() -> tuple[ledger_lib.Ledger, preparation_lib.Preparation]:
+    if processes.is_first():
+      ledger = stack.enter_context(ledger_lib.opened(directory))
+      ledger.check_not_lost()
+    else:
+      ledger = ledger_lib.read(directory)
+    prepared = preparation_lib.prepare(run, directory, ledger, records, layout)
+    return ledger, prepared
 
-    ledger, prepared = processes.in_turn(prepare)
-    processes.check_equal(
-      "vocabulary, model, optimizer, initial weights or code",
-      {"lineage": prepared.lineage, "weights": prepared.weights_digest()},
-    )
-    environments = processes.gathered(prepared.environment)
-    prepared = prepared._replace(
-      environment=lineage_lib.joint_environment(environments)
-    )
-    loop = _Loop(run, directory, ledger, prepared, exchange)
-    return loop.run_to_the_end()
+  ledger, prepared = processes.in_turn(prepare)
+  processes.check_equal(
+    "vocabulary, model, optimizer, initial weights or code",
+    {"lineage": prepared.lineage, "weights": prepared.weights_digest()},
+  )
+  environments = processes.gathered(prepared.environment)
+  prepared = prepared._replace(
+    environment=lineage_lib.joint_environment(environments)
+  )
+  return _Loop(run, directory, ledger, prepared, exchange)
 
 
-def _checked_layout(run: run_lib.TrainingRun) -> mesh_lib.Layout | None:
-  layout = mesh_lib.make_layout(run.mesh, run.model)
+def _checked_layout(
+  run: run_lib.TrainingRun, devices: Sequence[jax.Device] | None
+) -> mesh_lib.Layout | None:
+  layout = mesh_lib.make_layout(run.mesh, run.model, devices)
   if layout is not None:
     layout.check_batch(
       "TrainingRun.physical_batch_size",
@@ -161,6 +177,19 @@ class _Loop:
 
   def run_to_the_end(self) -> run_lib.TrainingResult:
     """Restores, trains, saves; the result."""
+    rounds = self.rounds()
+    while True:
+      try:
+        next(rounds)
+      except StopIteration as end:
+        result: run_lib.TrainingResult = end.value
+        return result
+
+  def rounds(self) -> Generator[int, None, run_lib.TrainingResult]:
+    """As `run_to_the_end`, in parts: yields how many updates are made.
+
+    What replicas exchange before the next update is published when it yields.
+    """
     with (
       contextlib.ExitStack() as stack,
       checkpoints_lib.Checkpoints(
@@ -202,6 +231,8 @@ class _Loop:
       if step >= limit:
         progress_lib.say(f"all {step} updates are made: nothing left to do")
       try:
+        self.classroom.offer(step, state["params"])
+        yield step
         while step < limit:
           # Bound together: an interrupt must not save a state under another
           # update's number.
@@ -209,6 +240,9 @@ class _Loop:
           self._after_update(step, limit, state, statistics, progress)
           if self._due(step, self.run.checkpoints.period) and step < limit:
             self._save(checkpoints, step, state)
+          if step < limit:
+            self.classroom.offer(step, state["params"])
+          yield step
       except KeyboardInterrupt:
         self._save(checkpoints, step, state)
         checkpoints.finish(step)
@@ -274,7 +308,7 @@ class _Loop:
     """One update: the only road from private examples to parameters."""
     release = self.plan.release(step)
     params = self.gathered(state["params"])
-    taught = self.classroom.before_update(step, state["params"])
+    taught = self.classroom.before_update(step)
     accumulator = self.zeros(params, state["opt_state"])
     examples_key = self._key("examples", step)
     # Nothing here waits for a device: the next batches are built meanwhile.

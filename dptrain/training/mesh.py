@@ -252,26 +252,31 @@ class Layout:
     )
 
 
-def make_layout(settings: MeshSettings, model: Any) -> Layout | None:
+def make_layout(
+  settings: MeshSettings,
+  model: Any,
+  devices: Sequence[jax.Device] | None = None,
+) -> Layout | None:
   """Arranges the devices.
 
   Args:
     settings: of the mesh.
     model: `masked_lm.MaskedLanguageModel`, for names and shapes of parameters;
       those without a name are on every device.
+    devices: to arrange; None: all of them.
 
   Returns:
-    The layout; None if it is one device, which needs none.
+    The layout; None if it is jax's one device, which needs none.
 
   Raises:
     ValueError: the mesh does not fit the devices.
   """
-  devices = jax.devices()
-  sizes = settings.sizes(len(devices), jax.process_count())
+  chosen = jax.devices() if devices is None else list(devices)
+  sizes = settings.sizes(len(chosen), jax.process_count())
   total = math.prod(sizes)
-  if total == 1:
+  if total == 1 and devices is None:
     return None
-  mesh = Mesh(np.array(devices[:total]).reshape(sizes), AXES)
+  mesh = Mesh(np.array(chosen[:total]).reshape(sizes), AXES)
   key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
   shapes = jax.eval_shape(model.init, key)
   names = dict(

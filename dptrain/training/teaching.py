@@ -140,14 +140,15 @@ class Teaching:
       self._has(lesson) for lesson in self._ledger.lessons.since(branch, step)
     )
 
-  def before_update(self, step: int, params: Any) -> Taught | None:
-    """Publishes and looks for publications, if it is time; tells who teaches.
+  def offer(self, step: int, params: Any) -> None:
+    """Publishes the parameters after `step` updates, if it is time to."""
+    if self._settings.looks_at(step, self._run.distillation.burn_in):
+      self.publish(step, params)
+
+  def before_update(self, step: int) -> Taught | None:
+    """Tells who teaches in update `step`, after a look if it is time.
 
     All processes call it.
-
-    Args:
-      step: the update that comes.
-      params: parameters before it.
 
     Returns:
       The teachers; None if there are none.
@@ -157,8 +158,6 @@ class Teaching:
     """
     distillation = self._run.distillation
     looks = self._settings.looks_at(step, distillation.burn_in)
-    if looks:
-      self.publish(step, params)
     weight = distillation.weight_at(step)
     if weight == 0.0 or not self._run.learns:
       return None
@@ -179,7 +178,8 @@ class Teaching:
 
     A failure is told, and training goes on: the others keep what they have.
     """
-    weights = _on_host(self._model.bare_params(params))
+    arrays = self._model.bare_params(params)
+    weights = _on_host(arrays)
 
     def write() -> None:
       try:
@@ -191,6 +191,7 @@ class Teaching:
             self._ledger.path.read_bytes(),
             checkpoints_lib.state_digest(weights),
             self._branch,
+            arrays,
           )
         )
       except OSError as error:
@@ -200,6 +201,12 @@ class Teaching:
         )
 
     processes.first(write)
+
+  def placed(self, fingerprint: str) -> Any:
+    """Weights that the exchange has put on this run's devices, or None."""
+    if self._exchange is None:
+      return None
+    return self._exchange.placed(fingerprint, self._settings.replica)
 
   def forget(self, oldest: int) -> None:
     """Removes weights that no checkpoint needs any more.
