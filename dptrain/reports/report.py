@@ -153,7 +153,6 @@ class PrivacyReport:
   def facts(self) -> list[tuple[str, str]]:
     """Its terms, as pairs of a name and a value."""
     eps, plan = self.epsilon, self.plan
-    budget = plan["target_epsilon"]
     rdp = layout.rounded_up(eps.rdp) if eps.rdp is not None else "none"
     pld = layout.rounded_up(eps.pld) if eps.pld is not None else eps.note
     unamplified = layout.rounded_up(self.epsilon_without_amplification)
@@ -171,7 +170,7 @@ class PrivacyReport:
         "without amplification",
         f"{unamplified} ({self._unamplified()})",
       ),
-      ("budget", "none" if budget is None else f"epsilon {budget:g}"),
+      ("budget", self._budget()),
       (
         f"{wording.sampled(plan)}s",
         f"{plan['num_examples']:,}{self._estimated()}",
@@ -187,6 +186,13 @@ class PrivacyReport:
       *self._metrics(),
       *[("vocabulary", self._other(other)) for other in self.others],
     ]
+
+  def _budget(self) -> str:
+    budget = self.plan["target_epsilon"]
+    if budget is None:
+      return "none"
+    own = "" if self.taught is None else ", for this run's own releases"
+    return f"epsilon {budget:g}{own}"
 
   def _other(self, other: dict[str, Any]) -> str:
     return (

@@ -35,7 +35,7 @@ class Classroom:
   ):
     """Takes the run and its teachers; None: nobody teaches or is taught."""
     self._run, self._prepared, self._teaching = run, prepared, teaching
-    self._programs: dict[int, Callable[..., Any]] = {}
+    self._programs: dict[Any, Callable[..., Any]] = {}
     self._placed: dict[str, Any] = {}
 
   def repeatable(self, step: int) -> Callable[[str], bool]:
@@ -71,11 +71,13 @@ class Classroom:
       return _unchanged
     before = self._placed
     self._placed = {
-      name: before[name] if name in before else self._on_devices(name, own)
-      for name, own in zip(taught.fingerprints, taught.params, strict=True)
+      name: before[name] if name in before else self._on_devices(name, *own)
+      for name, *own in zip(
+        taught.fingerprints, taught.models, taught.params, strict=True
+      )
     }
     teachers = tuple(self._placed[name] for name in taught.fingerprints)
-    program, weight = self._program(len(teachers)), np.float32(taught.weight)
+    program, weight = self._program(taught.models), np.float32(taught.weight)
     return lambda batch, key: program(teachers, batch, key, weight)
 
   def forget(self, oldest: int) -> None:
@@ -88,26 +90,28 @@ class Classroom:
     if self._teaching is not None:
       self._teaching.publish(step, params)
 
-  def _program(self, count: int) -> Callable[..., Any]:
-    if count not in self._programs:
-      objective = self._prepared.objective
-      self._programs[count] = programs_lib.make_targets(
-        objective,
-        self._run.distillation,
-        (objective.model.bare,) * count,
-        self._prepared.layout,
+  def _program(self, models: Any) -> Callable[..., Any]:
+    # By identity: teachers' models are few, and live as long as the run.
+    key = tuple(map(id, models))
+    if key not in self._programs:
+      prepared = self._prepared
+      self._programs[key] = programs_lib.make_targets(
+        prepared.objective, self._run.distillation, models, prepared.layout
       )
-    return self._programs[count]
+    return self._programs[key]
 
-  def _on_devices(self, fingerprint: str, params: Any) -> Any:
+  def _on_devices(self, fingerprint: str, model: Any, params: Any) -> Any:
     if self._teaching is not None:
       placed = self._teaching.placed(fingerprint)
       if placed is not None:
         return placed
-    layout = self._prepared.layout
+    layout, own = self._prepared.layout, self._prepared.objective.model
     if layout is None:
       return jax.tree.map(jax.numpy.asarray, params)
-    places = self._prepared.objective.model.bare_params(layout.gathered_params)
+    if model is own.bare:
+      places = own.bare_params(layout.gathered_params)
+    else:  # another architecture: whole everywhere
+      places = jax.tree.map(lambda _: layout.replicated, params)
     return jax.tree.map(
       lambda x, place: jax.make_array_from_callback(
         x.shape, place, lambda index: x[index]
@@ -137,7 +141,7 @@ def make_classroom(
     ValueError: another replica does not fit, or nothing can be published.
   """
   teaching = None
-  if run.codistillation.replicas > 1:
+  if run.codistillation.replicas > 1 or run.learns:
     teaching = teaching_lib.Teaching(
       run, directory, ledger, prepared, exchange, progress_lib.say
     )

@@ -2,6 +2,7 @@
 
 from dptrain.privacy import ledger as ledger_lib
 from dptrain.privacy import others as others_lib
+from dptrain.training import frozen_teacher
 from dptrain.training import ngram_learning
 from dptrain.training import records as records_lib
 from dptrain.training import run as run_lib
@@ -12,6 +13,7 @@ def declare(
   ledger: ledger_lib.Ledger,
   records: records_lib.Records,
   initial_weights: str | None = None,
+  teacher: frozen_teacher.LoadedTeacher | None = None,
 ) -> None:
   """Writes down what is unprotected, and what is declared public.
 
@@ -20,9 +22,12 @@ def declare(
     ledger: open for writing; with its header.
     records: of the run.
     initial_weights: fingerprint of given ones; None for fresh ones.
+    teacher: a finished one; None without.
   """
   _declare_vocabulary(run, ledger, records)
   _declare_weights(run, ledger, initial_weights)
+  if teacher is not None and teacher.ledger is None:
+    _declare_teacher(run, ledger, teacher)
   if records.public is not None:
     public = run.public_data
     ledger.declare_public(
@@ -61,6 +66,23 @@ def _declare_weights(
     )
   else:
     ledger.declare_unprotected(weights.unprotected())
+
+
+def _declare_teacher(
+  run: run_lib.TrainingRun,
+  ledger: ledger_lib.Ledger,
+  teacher: frozen_teacher.LoadedTeacher,
+) -> None:
+  if run.teacher.declared_public:
+    fingerprint = teacher.teacher.fingerprint
+    ledger.declare_public(
+      others_lib.DeclaredPublic("the frozen teacher's weights", fingerprint)
+    )
+  else:
+    ledger.declare_unprotected(
+      "The frozen teacher's weights came without a ledger: if they were learned"
+      " from a private corpus, this run may reveal it."
+    )
 
 
 def _declare_vocabulary(

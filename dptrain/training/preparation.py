@@ -24,6 +24,7 @@ from dptrain.training import checkpoints as checkpoints_lib
 from dptrain.training import declarations
 from dptrain.training import evaluation as evaluation_lib
 from dptrain.training import examples as examples_lib
+from dptrain.training import frozen_teacher
 from dptrain.training import lineage as lineage_lib
 from dptrain.training import mesh as mesh_lib
 from dptrain.training import ngram_learning
@@ -51,6 +52,7 @@ class Preparation(NamedTuple):
     params: shapes of the parameters.
     weights: to start from; None: fresh ones.
     public: public records that take part; None without.
+    teacher: a finished one; None without.
     vocabulary: fingerprint of the vocabulary.
     shard: which shard of which corpus is trained on; None for a whole one.
     layout: where arrays are on a mesh; None on one device.
@@ -69,6 +71,7 @@ class Preparation(NamedTuple):
   params: Any
   weights: Any
   public: public_data_lib.PublicExamples | None
+  teacher: frozen_teacher.LoadedTeacher | None
   vocabulary: str
   shard: dict[str, Any] | None
   layout: mesh_lib.Layout | None
@@ -194,6 +197,11 @@ def prepare(
   objective = objective_lib.Objective(run.model, run.masking)
   params = jax.eval_shape(objective.model.init, seed.key("shapes", branch=""))
   weights = run.initial_weights.load(params)
+  teacher = None
+  if run.learns:
+    teacher = run.teacher.load(
+      run.model, run.sequence_length, records.vocabulary_fingerprint, seed
+    )
   corpus_fingerprint = seed.fingerprint(store.content_digest())
   shard = examples_lib.shard(run, records_store)
   ledger.start(
@@ -203,6 +211,8 @@ def prepare(
     fixed_seed=seed.fixed,
     shard=shard,
   )
+  if teacher is not None:
+    teacher.check(ledger, claim=not seed.fixed)
   for other in others:
     ledger.record_other(other)
   declarations.declare(
@@ -210,6 +220,7 @@ def prepare(
     ledger,
     records,
     None if weights is None else checkpoints_lib.state_digest(weights),
+    teacher,
   )
   batch = _batch_shapes(run, store.record_shape)
   clipping = methods.choose(
@@ -251,6 +262,7 @@ def prepare(
     params=params,
     weights=weights,
     public=public,
+    teacher=teacher,
     vocabulary=records.vocabulary_fingerprint,
     shard=shard,
     layout=layout,
@@ -262,7 +274,7 @@ def prepare(
         step, params, jax.eval_shape(step.init, params), batch
       ),
       public=_described(run, public, params),
-      taught=_taught(run, objective, step, params, batch),
+      taught=_taught(run, objective, step, params, batch, teacher),
     ),
     environment=lineage_lib.environment(
       run.physical_batch_size,
@@ -291,12 +303,19 @@ def _taught(
   step: step_lib.PrivateStep,
   params: Any,
   batch: Any,
+  teacher: frozen_teacher.LoadedTeacher | None,
 ) -> str:
   """Digest of how teachers are matched; empty where nobody teaches."""
   if not run.learns:
     return ""
-  model = objective.model
-  teachers = (jax.eval_shape(model.bare_params, params),)
+  models, teachers, told = [], [], ""
+  if teacher is not None:
+    models.append(teacher.model)
+    teachers.append(_shapes_of(teacher.params))
+    told = teacher.teacher.fingerprint
+  if run.codistillation.teachers:
+    models.append(objective.model.bare)
+    teachers.append(jax.eval_shape(objective.model.bare_params, params))
   opt_state = jax.eval_shape(step.init, params)
   digest = lineage_lib.taught_program_digest(
     step,
@@ -304,11 +323,15 @@ def _taught(
     opt_state,
     batch,
     functools.partial(
-      programs_lib.targets, objective, run.distillation, (model.bare,)
+      programs_lib.targets, objective, run.distillation, tuple(models)
     ),
-    teachers,
+    tuple(teachers),
   )
-  return f"{run.distillation} {digest}"
+  return f"{run.distillation} {told} {digest}"
+
+
+def _shapes_of(arrays: Any) -> Any:
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
 
 
 def _batch_shapes(

@@ -15,6 +15,7 @@ from dptrain.privacy import plan as plan_lib
 from dptrain.training import checkpoints as checkpoints_lib
 from dptrain.training import codistillation as codistillation_lib
 from dptrain.training import evaluation as evaluation_lib
+from dptrain.training import frozen_teacher
 from dptrain.training import initial_weights as initial_weights_lib
 from dptrain.training import mesh as mesh_lib
 from dptrain.training import ngram_learning
@@ -52,6 +53,7 @@ class TrainingRun:
       read for a model without one.
     shard: which units of the corpus are this run's; all of them by default.
     codistillation: which other runs it learns from while they train.
+    teacher: a finished model that it learns from; none by default.
     distillation: how it learns from teachers, if it has any.
     prepared: folder that `dptrain prepare` has written: train on its records,
       and never read the task. None: read and tokenise the task at each start.
@@ -103,6 +105,9 @@ class TrainingRun:
   )
   codistillation: codistillation_lib.Codistillation = dataclasses.field(
     default_factory=codistillation_lib.Codistillation
+  )
+  teacher: frozen_teacher.FrozenTeacher = dataclasses.field(
+    default_factory=frozen_teacher.FrozenTeacher
   )
   distillation: distillation_lib.Distillation = dataclasses.field(
     default_factory=distillation_lib.Distillation
@@ -166,7 +171,9 @@ class TrainingRun:
   @property
   def learns(self) -> bool:
     """Whether any teacher's predictions can enter an update."""
-    return bool(self.codistillation.teachers) and self.distillation.weight > 0
+    if self.distillation.weight == 0:
+      return False
+    return bool(self.codistillation.teachers) or self.teacher.path is not None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from dptrain.models import masked_lm
 from dptrain.privacy import ledger as ledger_lib
 from dptrain.privacy import teachers as teachers_lib
 from dptrain.reports import wording
 from dptrain.training import checkpoints as checkpoints_lib
 from dptrain.training import exchange as exchange_lib
+from dptrain.training import frozen_teacher
 from dptrain.training import kept_weights
 from dptrain.training import preparation as preparation_lib
 from dptrain.training import processes
@@ -34,12 +36,14 @@ class Taught(NamedTuple):
 
   Attributes:
     weight: of the distillation term.
-    params: of each teacher: trees of NumPy arrays.
+    models: of each teacher.
+    params: of each: trees of NumPy arrays.
     fingerprints: of each: equal ones are the same weights.
     names: of each, with its updates, in words.
   """
 
   weight: float
+  models: tuple[masked_lm.MaskedLanguageModel, ...]
   params: tuple[Any, ...]
   fingerprints: tuple[str, ...]
   names: tuple[str, ...]
@@ -90,7 +94,8 @@ class Teaching:
     self._late: dict[int, int | None] = {}
     # Process 0's alone, as the ledger is.
     self._exchange: Any = exchange
-    processes.first(lambda: self._open(run.codistillation.exchange))
+    if run.codistillation.replicas > 1:
+      processes.first(lambda: self._open(run.codistillation.exchange))
 
   def _open(self, path: str | None) -> None:
     self._folder.mkdir(exist_ok=True)
@@ -142,7 +147,7 @@ class Teaching:
 
   def offer(self, step: int, params: Any) -> None:
     """Publishes the parameters after `step` updates, if it is time to."""
-    if self._settings.looks_at(step, self._run.distillation.burn_in):
+    if self._looks(step):
       self.publish(step, params)
 
   def before_update(self, step: int) -> Taught | None:
@@ -156,9 +161,7 @@ class Teaching:
     Raises:
       OSError: they cannot be written down; do not make the update.
     """
-    distillation = self._run.distillation
-    looks = self._settings.looks_at(step, distillation.burn_in)
-    weight = distillation.weight_at(step)
+    looks, weight = self._looks(step), self._run.distillation.weight_at(step)
     if weight == 0.0 or not self._run.learns:
       return None
     told = processes.first(lambda: self._names(self._lesson(step, looks)))
@@ -168,6 +171,7 @@ class Teaching:
     self._loaded = {each: self._weights(each) for each in fingerprints}
     return Taught(
       weight,
+      tuple(map(self._model_of, fingerprints)),
       tuple(self._loaded[each] for each in fingerprints),
       fingerprints,
       tuple(name for name, _ in told),
@@ -178,6 +182,8 @@ class Teaching:
 
     A failure is told, and training goes on: the others keep what they have.
     """
+    if self._settings.replicas == 1:
+      return
     arrays = self._model.bare_params(params)
     weights = _on_host(arrays)
 
@@ -259,6 +265,9 @@ class Teaching:
     """Who shall teach from update `step` on."""
     found: list[teachers_lib.Teacher] = []
     sources: list[teachers_lib.Source] = []
+    if (frozen := self._prepared.teacher) is not None:
+      found.append(frozen.teacher)
+      sources += frozen.sources
     for replica in self._settings.teachers:
       publication = self._newest(replica, step)
       if publication is None:
@@ -283,9 +292,22 @@ class Teaching:
     own = self._ledger.header["seed"]
     others = [each for each in sources if each.run != own]
     return teachers_lib.Lesson(
-      self._settings.part(self._settings.replica, self._prepared.shard),
+      self._own_part(),
       tuple(found),
       teachers_lib.newest(others),
+    )
+
+  def _own_part(self) -> str:
+    """Of the corpora: where this run's own units are."""
+    settings, shard = self._settings, self._prepared.shard
+    if settings.replicas > 1:
+      return settings.part(settings.replica, shard)
+    return self._run.teacher.part("the student", shard)
+
+  def _looks(self, step: int) -> bool:
+    settings = self._settings
+    return settings.replicas > 1 and settings.looks_at(
+      step, self._run.distillation.burn_in
     )
 
   def _newest(self, replica: int, step: int) -> exchange_lib.Publication | None:
@@ -346,12 +368,25 @@ class Teaching:
     return ledger.sources(self._settings.part(replica, shard))
 
   def _weights(self, fingerprint: str) -> Any:
+    frozen = self._prepared.teacher
+    if frozen is not None and fingerprint == frozen.teacher.fingerprint:
+      return frozen.params
     if fingerprint in self._loaded:
       return self._loaded[fingerprint]
     return self._kept.load(fingerprint, self._shapes)
 
+  def _model_of(self, fingerprint: str) -> masked_lm.MaskedLanguageModel:
+    frozen = self._prepared.teacher
+    if frozen is not None and fingerprint == frozen.teacher.fingerprint:
+      return frozen.model
+    return self._model.bare
+
   def _has(self, lesson: teachers_lib.Lesson) -> bool:
-    return all(self._kept.has(each.fingerprint) for each in lesson.teachers)
+    """Whether all weights are at hand; the frozen teacher's always are."""
+    return all(
+      each.name == frozen_teacher.NAME or self._kept.has(each.fingerprint)
+      for each in lesson.teachers
+    )
 
   def _say_once(self, text: str, key: str = "") -> None:
     if (key or text) not in self._said:
