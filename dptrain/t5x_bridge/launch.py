@@ -26,6 +26,7 @@ from dptrain.privacy import draws
 from dptrain.privacy import ledger as ledger_lib
 from dptrain.reports import report as report_lib
 from dptrain.training import checkpoints as checkpoints_lib
+from dptrain.training import classroom as classroom_lib
 from dptrain.training import lineage as lineage_lib
 from dptrain.training import preparation as preparation_lib
 from dptrain.training import processes
@@ -49,6 +50,7 @@ class Launch:
     directory: MODEL_DIR.
     prepared: plan, seed, records and step.
     ledger: of MODEL_DIR; read-only except on process 0.
+    classroom: who teaches the run, if anybody does.
     limit: updates that plan and budget allow; known once a branch is open.
     on_report: called with the epsilon of each report, on process 0.
   """
@@ -101,6 +103,9 @@ class Launch:
     except BaseException:
       self._stack.close()
       raise
+    self.classroom = classroom_lib.make_classroom(
+      run, self.directory, self.ledger, self.prepared
+    )
     self.plan = self.prepared.plan
     self.limit = self.plan.num_steps
     self.on_report: Callable[[float], None] = lambda _: None
@@ -170,11 +175,13 @@ class Launch:
         environment=environment,
         state=digest,
         intact=fresh or intact,
+        repeatable=self.classroom.repeatable(step),
       )
       limit = budget.last_affordable(self.plan, self.ledger, found.name, step)
       return found.name, found.fork_step, limit
 
     self._branch, self._start, self.limit = processes.first(opened)
+    self.classroom.begin(self._branch)
     if not (fresh or intact):
       progress.say(
         f"the checkpoint of update {step} was saved or restored in another"
@@ -225,6 +232,7 @@ class Launch:
 
   def write_report(self) -> None:
     """Rewrites the privacy report and tells `on_report` the epsilon in it."""
+    self.classroom.forget(self._oldest_checkpoint())
     if not processes.is_first() or self._reported == self.ledger.head:
       return
     if not progress.write_report(self.ledger, self.directory):
@@ -232,6 +240,12 @@ class Launch:
     self._reported = self.ledger.head
     told = json.loads((self.directory / report_lib.JSON_FILE).read_bytes())
     self.on_report(float(told["epsilon"]["value"]))
+
+  def _oldest_checkpoint(self) -> int:
+    """Updates in the oldest that t5x has kept; 0 if there is none."""
+    names = [path.name for path in self.directory.glob("checkpoint_*")]
+    steps = [name.removeprefix("checkpoint_") for name in names]
+    return min((int(step) for step in steps if step.isdigit()), default=0)
 
   def _opened(
     self, records: records_lib.Records | None

@@ -24,6 +24,7 @@ from dptrain.t5x_bridge import initial_state
 from dptrain.t5x_bridge import launch as launch_lib
 from dptrain.t5x_bridge import optimizers
 from dptrain.t5x_bridge import poisson_batches
+from dptrain.training import classroom as classroom_lib
 from dptrain.training import private_curves
 from dptrain.training import processes
 from dptrain.training import sharded_step
@@ -132,6 +133,10 @@ class PrivateTrainer(t5x_trainer.BaseTrainer):
             )
           self._released.add(step, statistics)
           self._step = step + 1
+      if self._step >= self._limit:
+        self._launch.classroom.end(
+          self._step, core.unfreeze(self.train_state.params)
+        )
     except KeyboardInterrupt as error:
       raise t5x_trainer.PreemptionError(
         "interrupted; what was done is saved, the same command resumes"
@@ -173,12 +178,16 @@ class PrivateTrainer(t5x_trainer.BaseTrainer):
   ) -> tuple[Any, Mapping[str, jax.Array]]:
     """One update: the only road from private examples to parameters."""
     launch, programs = self._launch, self._programs
+    launch.classroom.offer(step, core.unfreeze(state.params))
+    taught = launch.classroom.before_update(step)
+    accumulate = programs.accumulate
+    if taught is not classroom_lib.unchanged:
+      accumulate = programs.accumulate_taught
     accumulator = programs.zeros(state)
     examples_key = launch.key("examples", step)
     for rows in source.physical_batches(step):
-      accumulator = programs.accumulate(
-        state, accumulator, programs.on_mesh(rows), examples_key
-      )
+      batch = taught(programs.on_mesh(rows), _typed(examples_key))
+      accumulator = accumulate(state, accumulator, batch, examples_key)
     branch, ledger_head = launch.record(step)
     release = launch.plan.release(step)
     state, statistics = programs.finish(
@@ -275,6 +284,11 @@ class _Programs:
     self.zeros = jax.jit(self._zeros, out_shardings=self._sums)
     self.accumulate = jax.jit(
       self._accumulate, donate_argnums=1, out_shardings=self._sums
+    )
+    # With teachers' predictions in the batch; compiled when there are any.
+    self.accumulate_taught = self.accumulate
+    launch.classroom.places = classroom_lib.Places(
+      self._step.batch_sharding(), everywhere
     )
     # The state is not donated: a checkpoint may still be reading it.
     self.finish = jax.jit(
@@ -443,7 +457,7 @@ def _fingerprint(state: Any) -> jax.Array:
   return fingerprint.fingerprint((state.params, slot.step_state))
 
 
-def _typed(words: jax.Array) -> jax.Array:
+def _typed(words: Any) -> jax.Array:
   return jax.random.wrap_key_data(words, impl="threefry2x32")
 
 

@@ -8,7 +8,7 @@ Shapes: B physical batch.
 
 from collections.abc import Callable
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,8 +24,27 @@ from dptrain.training import teaching as teaching_lib
 AddTargets = Callable[[Any, jax.Array], Any]
 
 
+class Places(NamedTuple):
+  """Where a loop wants its arrays; None, all of them: on jax's one device.
+
+  Attributes:
+    rows: sharding of a physical batch.
+    whole: sharding of what is on every device.
+    peers: shardings of parameters of the run's own model, as an update wants
+      them; None: whole.
+  """
+
+  rows: Any = None
+  whole: Any = None
+  peers: Any = None
+
+
 class Classroom:
-  """The teachers of a run, on its devices."""
+  """The teachers of a run, on its devices.
+
+  Attributes:
+    places: where its arrays go; a loop with a mesh of its own sets it.
+  """
 
   def __init__(
     self,
@@ -35,6 +54,11 @@ class Classroom:
   ):
     """Takes the run and its teachers; None: nobody teaches or is taught."""
     self._run, self._prepared, self._teaching = run, prepared, teaching
+    self.places = Places()
+    if (layout := prepared.layout) is not None:
+      model = prepared.objective.model
+      peers = model.bare_params(layout.gathered_params)
+      self.places = Places(layout.rows, layout.replicated, peers)
     self._programs: dict[Any, Callable[..., Any]] = {}
     self._placed: dict[str, Any] = {}
 
@@ -64,11 +88,11 @@ class Classroom:
       any.
     """
     if self._teaching is None:
-      return _unchanged
+      return unchanged
     taught = self._teaching.before_update(step)
     if taught is None:
       self._placed = {}
-      return _unchanged
+      return unchanged
     before = self._placed
     self._placed = {
       name: before[name] if name in before else self._on_devices(name, *own)
@@ -96,7 +120,7 @@ class Classroom:
     if key not in self._programs:
       prepared = self._prepared
       self._programs[key] = programs_lib.make_targets(
-        prepared.objective, self._run.distillation, models, prepared.layout
+        prepared.objective, self._run.distillation, models, self.places.rows
       )
     return self._programs[key]
 
@@ -105,19 +129,20 @@ class Classroom:
       placed = self._teaching.placed(fingerprint)
       if placed is not None:
         return placed
-    layout, own = self._prepared.layout, self._prepared.objective.model
-    if layout is None:
+    places = self.places
+    if places.whole is None:
       return jax.tree.map(jax.numpy.asarray, params)
-    if model is own.bare:
-      places = own.bare_params(layout.gathered_params)
-    else:  # another architecture: whole everywhere
-      places = jax.tree.map(lambda _: layout.replicated, params)
+    where = jax.tree.map(lambda _: places.whole, params)
+    if (
+      places.peers is not None and model is self._prepared.objective.model.bare
+    ):
+      where = places.peers
     return jax.tree.map(
       lambda x, place: jax.make_array_from_callback(
         x.shape, place, lambda index: x[index]
       ),
       params,
-      places,
+      where,
     )
 
 
@@ -148,6 +173,7 @@ def make_classroom(
   return Classroom(run, prepared, teaching)
 
 
-def _unchanged(batch: Any, examples_key: jax.Array) -> Any:
+def unchanged(batch: Any, examples_key: jax.Array) -> Any:
+  """What `Classroom.before_update` returns where nobody teaches."""
   del examples_key
   return batch

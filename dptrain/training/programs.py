@@ -189,7 +189,7 @@ def make_targets(
   objective: objective_lib.Objective,
   distillation: distillation_lib.Distillation,
   models: Sequence[masked_lm.MaskedLanguageModel],
-  layout: mesh_lib.Layout | None = None,
+  rows: Any = None,
 ) -> Callable[..., Any]:
   """Jits `targets`: (params, batch, examples_key, weight) -> batch.
 
@@ -197,10 +197,10 @@ def make_targets(
     objective: the student's.
     distillation: how it learns.
     models: the teachers.
-    layout: of the mesh; None for one device.
+    rows: sharding of a physical batch; None for one device.
   """
   made = functools.partial(targets, objective, distillation, tuple(models))
-  return jax.jit(made, out_shardings=None if layout is None else layout.rows)
+  return jax.jit(made, out_shardings=rows)
 
 
 def accumulator_shardings(
