@@ -50,9 +50,7 @@ class InitialWeights:
     """
     if self.path is None:
       return None
-    path = pathlib.Path(self.path).expanduser()
-    found = _read_npz(path) if path.suffix == ".npz" else _read_run(path)
-    return _fitted(found, like, self.path)
+    return load(self.path, like, "InitialWeights.path")
 
   def unprotected(self) -> str:
     """What to say of weights that are not declared public."""
@@ -76,25 +74,51 @@ class InitialWeights:
     return f"{told} corpus, they may reveal it."
 
 
-def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
+def load(name: str, like: Any, setting: str) -> Any:
+  """Reads weights that a user names.
+
+  Args:
+    name: a MODEL_DIR (its newest checkpoint counts), or an .npz file of arrays
+      whose names are the parameters', joined by "/".
+    like: tree of shapes that they must have.
+    setting: what the user named them by, for messages.
+
+  Returns:
+    A tree as `like`, of NumPy arrays.
+
+  Raises:
+    ValueError: there are none at `name`, or they do not fit.
+  """
+  path, told = pathlib.Path(name).expanduser(), f"{setting}={name!r}"
+  read = _read_npz if is_file(name) else _read_run
+  return _fitted(read(path, told), like, told)
+
+
+def is_file(name: str) -> bool:
+  """Whether weights are in an .npz file, and not in a MODEL_DIR.
+
+  Args:
+    name: as the user wrote it.
+  """
+  return pathlib.Path(name).suffix == ".npz"
+
+
+def _read_npz(path: pathlib.Path, told: str) -> dict[str, np.ndarray]:
   try:
     with np.load(path, allow_pickle=False) as file:
       return {name: file[name] for name in file.files}
   except (OSError, ValueError, zipfile.BadZipFile) as error:
-    raise ValueError(
-      f"InitialWeights.path={str(path)!r} cannot be read as .npz: {error}."
-    ) from error
+    raise ValueError(f"{told} cannot be read as .npz: {error}.") from error
 
 
-def _read_run(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _read_run(path: pathlib.Path, told: str) -> dict[str, np.ndarray]:
   import orbax.checkpoint as ocp
 
   folder = path / checkpoints_lib.CHECKPOINTS
   steps = [int(p.name) for p in folder.glob("[0-9]*") if p.name.isdigit()]
   if not steps:
     raise ValueError(
-      f"InitialWeights.path={str(path)!r} is neither an .npz file nor a"
-      " MODEL_DIR with a checkpoint."
+      f"{told} is neither an .npz file nor a MODEL_DIR with a checkpoint."
     )
   state = (folder / str(max(steps)) / "state").absolute()
   # Processes read one after another: none may wait for the others here.
@@ -132,15 +156,11 @@ def _fitted(found: dict[str, np.ndarray], like: Any, told: str) -> Any:
     there = found[name].shape if name in found else "absent"
     if here != there:
       raise ValueError(
-        f"InitialWeights.path={told!r} is of another model: {name} is"
-        f" {there} there and {here} here. Set that model's sizes, or give other"
-        " weights."
+        f"{told} is of another model: {name} is {there} there and {here} here."
+        " Set that model's sizes, or give other weights."
       )
     if not np.isfinite(found[name]).all():
-      raise ValueError(
-        f"InitialWeights.path={told!r} holds numbers that are not finite, in"
-        f" {name}."
-      )
+      raise ValueError(f"{told} holds numbers that are not finite, in {name}.")
   leaves = [
     np.asarray(found[name], leaf.dtype) for name, leaf in wanted.items()
   ]
