@@ -1,10 +1,12 @@
-"""The command line: train, prepare, vocab, plan, report, audit."""
+"""The command line: train, prepare, vocab, plan, report, audit, churn."""
 
 import argparse
 from collections.abc import Sequence
 import pathlib
 import sys
 from typing import Any
+
+from dptrain import command_flags
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,15 +46,9 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-  from dptrain import configuration
   from dptrain.training import preparing
 
-  run = configuration.training_run(
-    arguments.gin_file,
-    # Nothing is written there; the flag is the user's to leave out.
-    ["MODEL_DIR = 'not used'", *arguments.gin_bindings],
-    arguments.gin_search_paths,
-  )
+  run = _run_without_model_dir(arguments)
   manifest = preparing.prepare(
     run,
     arguments.output,
@@ -68,6 +64,17 @@ def _prepare(arguments: argparse.Namespace) -> int:
     )
   print(f"{'prepared corpus':<22} {arguments.output} (as private as its text)")
   return 0
+
+
+def _run_without_model_dir(arguments: argparse.Namespace) -> Any:
+  from dptrain import configuration
+
+  return configuration.training_run(
+    arguments.gin_file,
+    # Nothing is written there; the flag is the user's to leave out.
+    ["MODEL_DIR = 'not used'", *arguments.gin_bindings],
+    arguments.gin_search_paths,
+  )
 
 
 def _listed(units: dict[str, int]) -> str:
@@ -178,6 +185,22 @@ def _vocab(arguments: argparse.Namespace) -> int:
   return 0
 
 
+def _churn(arguments: argparse.Namespace) -> int:
+  from dptrain.training import churn
+
+  found = churn.compare(
+    _run_without_model_dir(arguments),
+    arguments.a,
+    arguments.b,
+    arguments.data,
+    arguments.split,
+  )
+  print(
+    found.as_json() if arguments.format == "json" else found.as_text(), end=""
+  )
+  return 0
+
+
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="dptrain",
@@ -190,253 +213,51 @@ def _parser() -> argparse.ArgumentParser:
   train = commands.add_parser(
     "train", help="train, or go on training, in MODEL_DIR"
   )
-  _add_gin_flags(train)
-  train.add_argument(
-    "--coordinator_address",
-    metavar="HOST:PORT",
-    help="where process 0 is reached, if several processes train together",
-  )
-  train.add_argument(
-    "--process_count", type=int, metavar="N", help="how many they are"
-  )
-  train.add_argument(
-    "--process_index", type=int, metavar="I", help="which one this is, from 0"
-  )
+  command_flags.add_gin_flags(train)
+  command_flags.add_train_flags(train)
   train.set_defaults(command=_train)
   prepare = commands.add_parser(
     "prepare",
     help="tokenise a run's corpus once, into a folder for TrainingRun.prepared;"
     " the same command again goes on after a kill",
   )
-  _add_gin_flags(prepare)
-  _add_prepare_flags(prepare)
+  command_flags.add_gin_flags(prepare)
+  command_flags.add_prepare_flags(prepare)
   prepare.set_defaults(command=_prepare)
   plan = commands.add_parser(
     "plan", help="price a run before it is started: epsilon, noise, compute"
   )
-  _add_gin_flags(plan)
-  _add_plan_flags(plan)
+  command_flags.add_gin_flags(plan)
+  command_flags.add_plan_flags(plan)
   plan.set_defaults(command=_plan)
   report = commands.add_parser(
     "report",
     help="compute the privacy report of MODEL_DIR, or of several together, from"
     " the ledgers",
   )
-  report.add_argument("model_dir", metavar="MODEL_DIR", nargs="+")
-  report.add_argument(
-    "--disjoint",
-    action="store_true",
-    help="the runs' corpora share no unit (else: they are one corpus)",
-  )
-  report.add_argument(
-    "--format", choices=("text", "json", "html"), default="text"
-  )
+  command_flags.add_report_flags(report)
   report.set_defaults(command=_report)
   audit = commands.add_parser(
     "audit",
     help="train with canaries in a MODEL_DIR of its own, and see whether they"
     " betray more than is claimed (then the exit status is 1)",
   )
-  _add_gin_flags(audit)
-  _add_audit_flags(audit)
+  command_flags.add_gin_flags(audit)
+  command_flags.add_audit_flags(audit)
   audit.set_defaults(command=_audit)
   vocab = commands.add_parser(
     "vocab", help="learn a vocabulary of a run's training text, privately"
   )
-  _add_gin_flags(vocab)
-  _add_vocab_flags(vocab)
+  command_flags.add_gin_flags(vocab)
+  command_flags.add_vocab_flags(vocab)
   vocab.set_defaults(command=_vocab)
+  churn = commands.add_parser(
+    "churn", help="how far the predictions of two models differ"
+  )
+  command_flags.add_gin_flags(churn)
+  command_flags.add_churn_flags(churn)
+  churn.set_defaults(command=_churn)
   return parser
-
-
-def _add_gin_flags(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument(
-    "--gin_file",
-    action="append",
-    default=[],
-    metavar="FILE",
-    help="gin file; may be given several times, later ones win",
-  )
-  parser.add_argument(
-    "--gin_bindings",
-    action="append",
-    default=[],
-    metavar="'NAME = VALUE'",
-    help="one binding; the same as --gin.NAME=VALUE",
-  )
-  parser.add_argument(
-    "--gin_search_paths",
-    default=".",
-    metavar="DIR[,DIR]",
-    help="where gin files are looked for before dptrain's own",
-  )
-
-
-def _add_prepare_flags(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument(
-    "--output", required=True, metavar="DIR", help="where the store goes"
-  )
-  parser.add_argument(
-    "--processes", type=int, metavar="N", help="that tokenise (one per core)"
-  )
-  parser.add_argument(
-    "--shard_chars",
-    type=int,
-    default=16_000_000,
-    metavar="N",
-    help="characters of text in a shard (16,000,000)",
-  )
-  parser.add_argument(
-    "--encoding_errors",
-    default="strict",
-    metavar="HOW",
-    help="of documents that are not UTF-8: strict (default) refuses them,"
-    " replace reads U+FFFD",
-  )
-
-
-def _add_plan_flags(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument(
-    "--num_examples",
-    type=float,
-    metavar="N",
-    help="records in the corpus; left out: that of MODEL_DIR's ledger",
-  )
-  for name, told in (
-    ("delta", "of the guarantee"),
-    ("epsilon", "budget"),
-    ("noise_multiplier", "noise over sensitivity; left out: calibrated"),
-    ("num_parameters", "of the model, for its compute"),
-    ("sequence_length", "tokens of a record, for its compute"),
-  ):
-    parser.add_argument(f"--{name}", type=float, metavar="X", help=told)
-  parser.add_argument(
-    "--phase",
-    action="append",
-    default=[],
-    metavar="SIZE:UNTIL",
-    help="a phase of the schedule, or START:END:UNTIL for a ramp; several",
-  )
-  parser.add_argument(
-    "--sampling",
-    metavar="NAME",
-    help="how records are drawn: poisson (default), truncated_poisson,"
-    " without_replacement, shuffled, balls_in_bins, cyclic_poisson",
-  )
-  parser.add_argument(
-    "--relation",
-    metavar="NAME",
-    help="which corpora are neighbours: zero_out (default), replace_one,"
-    " add_or_remove_one (N is then a public estimate)",
-  )
-  parser.add_argument(
-    "--bands",
-    type=int,
-    metavar="B",
-    help="of correlated noise, for cyclic_poisson (1: independent)",
-  )
-  parser.add_argument(
-    "--compare",
-    default="",
-    metavar="SIZE[,SIZE]",
-    help="constant batch sizes to price at the same epsilon",
-  )
-  parser.add_argument(
-    "--advise",
-    action="store_true",
-    help="what arXiv 2501.18914 predicts for --num_examples and --epsilon, and"
-    " perhaps --flops: model, updates, batch, loss",
-  )
-  parser.add_argument(
-    "--flops", type=float, metavar="X", help="compute to spend, for --advise"
-  )
-  parser.add_argument(
-    "--format", choices=("text", "json", "html"), default="text"
-  )
-
-
-def _add_audit_flags(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument(
-    "--canaries",
-    type=int,
-    default=1000,
-    metavar="M",
-    help="units put in or left out by a fair coin (1000)",
-  )
-  parser.add_argument(
-    "--guesses",
-    type=int,
-    metavar="K",
-    help="coins that are guessed; left out: a tenth of the canaries",
-  )
-  parser.add_argument(
-    "--mode",
-    default="white_box",
-    metavar="MODE",
-    help="white_box (default): gradient canaries, all updates are seen;"
-    " black_box: text canaries, the final model is seen",
-  )
-  parser.add_argument(
-    "--confidence",
-    type=float,
-    default=0.95,
-    metavar="X",
-    help="that the lower bounds hold (0.95)",
-  )
-  parser.add_argument("--format", choices=("text", "json"), default="text")
-
-
-def _add_vocab_flags(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument(
-    "--output",
-    required=True,
-    metavar="FILE",
-    help="the SentencePiece model; for VocabularySettings.path",
-  )
-  parser.add_argument(
-    "--words",
-    metavar="FILE",
-    help="learn from the noisy counts of an earlier call (FILE.words.tsv),"
-    " instead of from the corpus: at no further cost",
-  )
-  parser.add_argument(
-    "--size",
-    type=int,
-    metavar="V",
-    help="tokens, 5 special ones and 256 bytes included; left out: the run's",
-  )
-  parser.add_argument(
-    "--model_type",
-    metavar="NAME",
-    help="unigram or bpe; left out: the run's",
-  )
-  parser.add_argument(
-    "--unit",
-    metavar="UNIT",
-    help="whose words are counted together: document or user; left out: the"
-    " run's unit, or document if that is the record",
-  )
-  parser.add_argument(
-    "--words_per_unit",
-    type=int,
-    default=64,
-    metavar="K",
-    help="distinct words of one unit that count at most (64)",
-  )
-  for name, told in (
-    ("epsilon", "what the vocabulary may cost; or give --noise_multiplier"),
-    ("delta", "of the vocabulary alone, at most half of it for the noise"),
-    ("noise_multiplier", "noise on the counts over the square root of K"),
-  ):
-    parser.add_argument(f"--{name}", type=float, metavar="X", help=told)
-  parser.add_argument(
-    "--lowercase", action="store_true", help="fold case before counting"
-  )
-  parser.add_argument(
-    "--vocab_txt",
-    action="store_true",
-    help="also write FILE.vocab.txt, for tools that read BERT's vocabularies",
-  )
 
 
 def _with_bindings(argv: Sequence[str]) -> list[str]:

@@ -257,6 +257,13 @@ def test_from_text_files_to_a_privacy_report(folder, capfd):
   written = (model / "privacy_report.txt").read_text()
   assert cli.main(["report", str(model)]) == 0
   assert written.startswith(capfd.readouterr().out)
+  # Compared with itself, on its validation split, it has no churn.
+  argv = [x for x in arguments(folder)[1:] if "MODEL_DIR" not in x]
+  told_of = ["churn", str(model), str(model), "--format=json"]
+  assert cli.main([*told_of, *argv]) == 0
+  found = json.loads(capfd.readouterr().out)
+  assert found["num_tokens"] > 0
+  assert found["total_variation"] == 0
   # Nothing of the secret seed leaves its file.
   seed = (model / "secret_seed").read_text().strip()
   for path in (model / "privacy_ledger.jsonl", model / "privacy_report.json"):
