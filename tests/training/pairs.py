@@ -1,14 +1,23 @@
-"""Replicas of a small run that learn from each other, in one process."""
+"""Replicas of a small run that learn from each other.
 
-import threading
+Also a program: `python pairs.py FOLDER 'OPTIONS AS JSON'` is one replica.
+"""
+
+import contextlib
+import json
+import pathlib
+import sys
+from unittest import mock
 
 import small_run
 
 from dptrain.data import disjoint_shards
 from dptrain.models import distillation
-from dptrain.privacy import keys
 from dptrain.training import codistillation
 from dptrain.training import loop
+from dptrain.training import records as records_lib
+
+KEY = "5a" * 32
 
 
 def make_run(folder, replica, *, replicas=2, corpora="shards", **options):
@@ -16,20 +25,21 @@ def make_run(folder, replica, *, replicas=2, corpora="shards", **options):
 
   `exchanging` and `distilling`: options of `Codistillation`, `Distillation`.
   """
+  folder = pathlib.Path(folder)
   exchanging = {
     "exchange": str(folder / "exchange"),
     "period": 1,
-    "wait_seconds": 60.0,
     **options.pop("exchanging", {}),
   }
   shard = disjoint_shards.ShardSettings()
   if corpora == "shards":
     key_folder = folder / "key"
     shard = disjoint_shards.ShardSettings(replica, replicas, str(key_folder))
-    if not (key_folder / "shard_key").exists():
-      key_folder.mkdir(parents=True, exist_ok=True)
-      (key_folder / "shard_key").touch(mode=0o600)
-      (key_folder / "shard_key").write_text("5a" * 32)
+    key_folder.mkdir(parents=True, exist_ok=True)
+    key = key_folder / "shard_key"
+    if not key.exists():
+      key.touch(mode=0o600)
+      key.write_text(KEY)
   return small_run.make_run(
     options.pop("model_dir", folder / f"r{replica}"),
     shard=options.pop("shard", shard),
@@ -43,46 +53,54 @@ def make_run(folder, replica, *, replicas=2, corpora="shards", **options):
   )
 
 
-def train(folder, replicas=2, each=(), corpora="shards", **options):
-  """Trains all replicas, a thread each; results in their order.
+def train_in_step(runs, records):
+  """Trains replicas of one process that look at the same moments."""
+  results = {}
+  with contextlib.ExitStack() as stack:
+    rounds = {
+      number: loop.begin(stack, run, own).rounds()
+      for number, (run, own) in enumerate(zip(runs, records, strict=True))
+    }
+    while rounds:
+      for number in list(rounds):
+        try:
+          next(rounds[number])
+        except StopIteration as end:
+          results[number] = end.value
+          del rounds[number]
+  return [results[number] for number in range(len(runs))]
 
-  `each`: options of one replica, by its number.
-  """
-  results: dict = {}
-  own = dict(enumerate(each))
-  runs = [
-    make_run(
-      folder,
-      number,
-      replicas=replicas,
-      corpora=corpora,
-      **(options | own.get(number, {})),
+
+def lessons(model_dir):
+  """[(update, [(teacher, its updates, fingerprint), ...]), ...]."""
+  return [
+    (
+      line["step"],
+      [
+        (each["name"], each["step"], each["fingerprint"])
+        for each in line["teachers"]
+      ],
     )
-    for number in range(replicas)
+    for line in small_run.ledger_lines(model_dir, "lesson")
   ]
 
-  def work(number, run):
-    try:
-      corpus = small_run.records(
-        seed=0 if corpora == "shards" else number, num_examples=200
-      )
-      results[number] = loop.train(run, corpus)
-    except BaseException as error:
-      results[number] = error
 
-  threads = [
-    threading.Thread(target=work, args=pair) for pair in enumerate(runs)
-  ]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join()
-  for result in results.values():
-    if isinstance(result, BaseException):
-      raise result
-  return [results[number] for number in range(replicas)]
+def main():
+  from dptrain import cli
+  from dptrain import configuration
+
+  options = json.loads(sys.argv[2])
+  run = make_run(sys.argv[1], options.pop("replica"), **options)
+  with (
+    mock.patch.object(configuration, "training_run", return_value=run),
+    mock.patch.object(
+      records_lib,
+      "read_records",
+      return_value=small_run.records(validation=False),
+    ),
+  ):
+    return cli.main(["train"])
 
 
-def seed(number):
-  """The secret seed of a fixed number."""
-  return keys.fixed_seed(number)
+if __name__ == "__main__":
+  sys.exit(main())
