@@ -167,6 +167,12 @@ def _check_auditable(run: run_lib.TrainingRun, settings: AuditSettings) -> None:
       f" one {run.privacy.unit}, sampled as a whole. Audit the same run with"
       " unit_sampling='units'."
     )
+  if run.shard.count > 1:
+    raise ValueError(
+      f"ShardSettings.count={run.shard.count} cannot be audited: canaries would"
+      " be dealt out to shards. Audit the same run with count=1, and with"
+      " Codistillation.corpora='disjoint' if it is a replica."
+    )
   if run.initial_weights.path is not None:
     raise ValueError(
       f"InitialWeights.path={run.initial_weights.path!r} cannot be audited: the"

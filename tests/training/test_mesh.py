@@ -16,8 +16,8 @@ from dptrain.training import mesh
 FOLDER = pathlib.Path(__file__).parent
 
 
-def on_eight_devices(*options):
-  """Runs tests of `eight_devices.py`; its output is the assertion's."""
+def on_eight_devices(*options, file="eight_devices.py"):
+  """Runs tests of a file; its output is the assertion's."""
   flags = (
     f"{together.QUICK_TO_COMPILE} --xla_force_host_platform_device_count=8"
   )
@@ -30,7 +30,7 @@ def on_eight_devices(*options):
       sys.executable,
       *("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
       *("-c", os.devnull, "--rootdir", FOLDER, "--durations=8"),
-      *(FOLDER / "eight_devices.py", *options),
+      *(FOLDER / file, *options),
     ],
     env=environment,
     capture_output=True,
