@@ -44,6 +44,7 @@ class Classroom:
 
   Attributes:
     places: where its arrays go; a loop with a mesh of its own sets it.
+    names: who taught in the last update, with their updates, in words.
   """
 
   def __init__(
@@ -54,6 +55,7 @@ class Classroom:
   ):
     """Takes the run and its teachers; None: nobody teaches or is taught."""
     self._run, self._prepared, self._teaching = run, prepared, teaching
+    self.names: tuple[str, ...] = ()
     self.places = Places()
     if (layout := prepared.layout) is not None:
       model = prepared.objective.model
@@ -90,6 +92,7 @@ class Classroom:
     if self._teaching is None:
       return unchanged
     taught = self._teaching.before_update(step)
+    self.names = () if taught is None else taught.names
     if taught is None:
       self._placed = {}
       return unchanged

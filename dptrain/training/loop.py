@@ -407,6 +407,8 @@ class _Loop:
     progress: progress_lib.Progress,
   ) -> None:
     progress.advance(self.plan.expected_batch_size(step - 1))
+    if self.classroom.names:
+      progress.show(taught_by=", ".join(self.classroom.names))
     self.released.add(step - 1, statistics)
     curves: dict[str, float] = {}
     if self._due(step, self.run.log_period) or step == limit:
