@@ -1,4 +1,4 @@
-"""The command line: train, prepare, vocab, plan, report, audit, churn."""
+"""The command line: `dptrain COMMAND`, and its one-line errors."""
 
 import argparse
 from collections.abc import Sequence
@@ -43,6 +43,12 @@ def _train(arguments: argparse.Namespace) -> int:
   if processes.is_first():
     print(progress.summary(result, directory, claim=run.fixed_seed is None))
   return 0
+
+
+def _codistill(arguments: argparse.Namespace) -> int:
+  from dptrain import replicas
+
+  return replicas.launch(arguments)
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
@@ -216,6 +222,14 @@ def _parser() -> argparse.ArgumentParser:
   command_flags.add_gin_flags(train)
   command_flags.add_train_flags(train)
   train.set_defaults(command=_train)
+  codistill = commands.add_parser(
+    "codistill",
+    help="train several replicas on this machine, which learn from each other,"
+    " in MODEL_DIR/replica_0 and so on",
+  )
+  command_flags.add_gin_flags(codistill)
+  command_flags.add_codistill_flags(codistill)
+  codistill.set_defaults(command=_codistill)
   prepare = commands.add_parser(
     "prepare",
     help="tokenise a run's corpus once, into a folder for TrainingRun.prepared;"

@@ -42,6 +42,13 @@ def add_train_flags(parser: argparse.ArgumentParser) -> None:
   )
 
 
+def add_codistill_flags(parser: argparse.ArgumentParser) -> None:
+  """Adds that of `dptrain codistill`."""
+  parser.add_argument(
+    "--replicas", type=int, required=True, metavar="N", help="how many they are"
+  )
+
+
 def add_prepare_flags(parser: argparse.ArgumentParser) -> None:
   """Adds those of `dptrain prepare`."""
   parser.add_argument(

@@ -76,8 +76,7 @@ def training_run(
       "--gin_file is missing: name a gin file, for example --gin_file=demo.gin"
       f" (dptrain's own are in {gin_folder()})."
     )
-  folders = [folder for folder in search_paths.split(",") if folder]
-  folders.append(str(gin_folder()))
+  folders = _folders(search_paths)
   files = [_found(file, folders) for file in files]
   gin.clear_config()
   try:
@@ -95,6 +94,31 @@ def training_run(
   run = _build()
   _check_all_used(_superseded(files, folders))
   return run
+
+
+def files_read(files: Sequence[str], search_paths: str = ".") -> list[str]:
+  """Names of gin files and of all that they include, as they are written.
+
+  Args:
+    files: as in `training_run`.
+    search_paths: as there.
+
+  Raises:
+    FileNotFoundError: one of them is not found.
+  """
+  folders, names = _folders(search_paths), list(files)
+  for name in names:  # grows
+    path = pathlib.Path(_found(name, folders))
+    for line in path.read_text(encoding="utf-8").splitlines():
+      if (found := _INCLUDE.match(line)) and found[1] not in names:
+        names.append(found[1])
+  return names
+
+
+def _folders(search_paths: str) -> list[str]:
+  """Where gin files are looked for."""
+  folders = [folder for folder in search_paths.split(",") if folder]
+  return [*folders, str(gin_folder())]
 
 
 def _build() -> run_lib.TrainingRun:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 import contextlib
 import logging
+import os
 import pathlib
 import sys
 from typing import Any
@@ -14,6 +15,9 @@ from dptrain.reports import layout
 from dptrain.reports import report
 from dptrain.training import processes
 from dptrain.training import run as run_lib
+
+# Seconds between two of the bar's lines where stderr is no terminal.
+INTERVAL_VARIABLE = "DPTRAIN_PROGRESS_SECONDS"
 
 
 class Progress:
@@ -38,7 +42,9 @@ class Progress:
       initial=start,
       unit="update",
       # A log file gets a line now and then instead of a moving bar.
-      mininterval=0.5 if sys.stderr.isatty() else 15,
+      mininterval=0.5
+      if sys.stderr.isatty()
+      else float(os.environ.get(INTERVAL_VARIABLE, "15")),
       dynamic_ncols=True,
       smoothing=0.1,
       disable=not processes.is_first(),
