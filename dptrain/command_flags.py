@@ -43,9 +43,15 @@ def add_train_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_codistill_flags(parser: argparse.ArgumentParser) -> None:
-  """Adds that of `dptrain codistill`."""
+  """Adds those of `dptrain codistill`."""
   parser.add_argument(
     "--replicas", type=int, required=True, metavar="N", help="how many they are"
+  )
+  parser.add_argument(
+    "--one_mesh",
+    action="store_true",
+    help="all in one process, each on a group of its devices, exchanging"
+    " weights by collectives",
   )
 
 

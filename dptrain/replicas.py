@@ -52,7 +52,8 @@ def launch(arguments: argparse.Namespace) -> int:
   """Trains all replicas on this machine, to the end.
 
   Args:
-    arguments: the flags of `dptrain codistill`: those of gin, and `replicas`.
+    arguments: the flags of `dptrain codistill`: those of gin, `replicas`, and
+      `one_mesh`: all in this process, on groups of its devices.
 
   Returns:
     0; 1 if a replica has died, or there is no joint report; 130 if interrupted.
@@ -69,10 +70,14 @@ def launch(arguments: argparse.Namespace) -> int:
   for number in range(count):
     folder = _replica_folder(launch.folder, number)
     folder.mkdir(exist_ok=True)
+    if arguments.one_mesh:
+      continue
     command = _command(arguments, launch, number)
     orders.append(
       replica_processes.Order(f"replica {number}", command, folder / LOG_FILE)
     )
+  if arguments.one_mesh:
+    return _train_here(arguments, launch)
   disjoint = launch.run.codistillation.corpora != "overlapping"
   view = replica_processes.View(
     count * launch.run.privacy.schedule.num_steps,
@@ -96,12 +101,44 @@ def launch(arguments: argparse.Namespace) -> int:
   return 130 if interrupted else int(bool(died) or not reported)
 
 
+def _train_here(arguments: argparse.Namespace, launch: _Launch) -> int:
+  """All replicas in this process, in step, on groups of its devices."""
+  from dptrain.training import host_memory
+  from dptrain.training import progress
+  from dptrain.training import together
+
+  count = arguments.replicas
+  runs = [
+    configuration.training_run(
+      launch.files,
+      [
+        *arguments.gin_bindings,
+        *_bindings(launch.folder, count, number, one_mesh=True),
+      ],
+      arguments.gin_search_paths,
+    )
+    for number in range(count)
+  ]
+  host_memory.keep_freed_memory()
+  results = together.train_together(runs)
+  for number, result in enumerate(results):
+    folder, claim = (
+      _replica_folder(launch.folder, number),
+      launch.run.fixed_seed,
+    )
+    told = progress.summary(result, folder, claim=claim is None)
+    for line in told.splitlines():
+      print(f"replica {number}: {line}")
+  return int(not _report(launch.folder, count))
+
+
 # --- before -----------------------------------------------------------------
 
 
 def _checked(arguments: argparse.Namespace) -> _Launch:
-  # What the replicas are for: this process must not take their memory.
-  jax.config.update("jax_platforms", "cpu")
+  if not arguments.one_mesh:
+    # What the replicas are for: this process must not take their memory.
+    jax.config.update("jax_platforms", "cpu")
   count = arguments.replicas
   if count < 1:
     raise ValueError(
@@ -116,10 +153,14 @@ def _checked(arguments: argparse.Namespace) -> _Launch:
     files.append(_GIN_FILE)
   run = configuration.training_run(
     files,
-    [*arguments.gin_bindings, *_bindings(folder, count, 0)],
+    [
+      *arguments.gin_bindings,
+      *_bindings(folder, count, 0, one_mesh=arguments.one_mesh),
+    ],
     arguments.gin_search_paths,
   )
-  _check_run(run, folder, count)
+  exchange = None if arguments.one_mesh else str(folder / _EXCHANGE)
+  _check_run(run, exchange, count)
   return _Launch(folder, files, run)
 
 
@@ -195,13 +236,13 @@ def _count_before(folder: pathlib.Path, count: int) -> int:
     ) from None
 
 
-def _check_run(run: Any, folder: pathlib.Path, count: int) -> None:
+def _check_run(run: Any, exchange: str | None, count: int) -> None:
   """Raises ValueError if it would not be replica 0 of so many."""
   told = run.codistillation
   expected = {
     "replicas": count,
     "replica": 0,
-    "exchange": str(folder / _EXCHANGE),
+    "exchange": exchange,
   }
   for name, value in expected.items():
     if getattr(told, name) != value:
@@ -238,12 +279,15 @@ def _command(
   ]
 
 
-def _bindings(folder: pathlib.Path, count: int, number: int) -> list[str]:
+def _bindings(
+  folder: pathlib.Path, count: int, number: int, *, one_mesh: bool = False
+) -> list[str]:
+  exchange = None if one_mesh else str(folder / _EXCHANGE)
   return [
     f"MODEL_DIR = {str(_replica_folder(folder, number))!r}",
     f"REPLICA = {number}",
     f"REPLICAS = {count}",
-    f"EXCHANGE = {str(folder / _EXCHANGE)!r}",
+    f"EXCHANGE = {exchange!r}",
     f"KEY_FOLDER = {str(folder / _KEY_FOLDER)!r}",
   ]
 
