@@ -28,6 +28,11 @@ def declare(
   _declare_weights(run, ledger, initial_weights)
   if teacher is not None and teacher.ledger is None:
     _declare_teacher(run, ledger, teacher)
+  if run.learns and run.codistillation.exchange is not None:
+    ledger.declare_unprotected(
+      "Which weights of another replica were there when this one looked, and so"
+      " which ones it learned from, follows from how long updates took."
+    )
   if records.public is not None:
     public = run.public_data
     ledger.declare_public(
