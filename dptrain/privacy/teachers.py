@@ -140,8 +140,8 @@ def shard_part(shard: Mapping[str, Any] | None) -> str:
   if shard is None:
     return ""
   return (
-    f"{shard['count']} shards of corpus {shard['corpus']} by key"
-    f" {shard['key']}/{shard['index']}"
+    f"{shard['count']} shards by {shard.get('by', 'unit')} of corpus"
+    f" {shard['corpus']} by key {shard['key']}/{shard['index']}"
   )
 
 

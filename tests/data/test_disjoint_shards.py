@@ -175,7 +175,7 @@ def test_one_shard_is_the_whole_corpus():
   made = disjoint_shards.ShardSettings()
   own = disjoint_shards.own_records(made, records, None, "zero_out", KEY)
   assert own.tolist() == [0, 1, 2]
-  assert disjoint_shards.described(made, "c", "k") is None
+  assert disjoint_shards.described(made, "c", "k", "user") is None
 
 
 def test_an_empty_shard_is_refused():
@@ -209,7 +209,8 @@ def test_settings_that_make_no_shard(settings_of, told):
 
 def test_a_ledger_tells_all_that_decides_a_shard():
   made = disjoint_shards.ShardSettings(1, 2, "folder")
-  told = disjoint_shards.described(made, "c", "k")
-  assert told == {"index": 1, "count": 2, "corpus": "c", "key": "k"}
+  told = disjoint_shards.described(made, "c", "k", "user")
+  shard_of = {"index": 1, "count": 2, "corpus": "c", "key": "k", "by": "user"}
+  assert told == shard_of
   moved = dataclasses.replace(made, key_folder="elsewhere")
-  assert disjoint_shards.described(moved, "c", "k") == told
+  assert disjoint_shards.described(moved, "c", "k", "user") == told

@@ -220,8 +220,9 @@ def test_two_declarations_say_nothing_of_each_other():
 
 
 def test_the_part_of_a_shard_names_all_that_decides_it():
-  shard = {"index": 0, "count": 2, "corpus": "c", "key": "k"}
-  changes = [{}, {"count": 3}, {"corpus": "d"}, {"key": "l"}]
+  shard = {"index": 0, "count": 2, "corpus": "c", "key": "k", "by": "user"}
+  changes = [{"count": 3}, {"corpus": "d"}, {"key": "l"}, {"by": "document"}]
+  changes.append({})
   divisions = {
     teachers.shard_part({**shard, **change}).rpartition("/")[0]
     for change in changes
