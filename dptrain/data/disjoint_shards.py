@@ -131,7 +131,7 @@ def _splitmix(x: Keys) -> Keys:
 
 
 def described(
-  settings: ShardSettings, corpus: str, key: str
+  settings: ShardSettings, corpus: str, key: str, by: str
 ) -> dict[str, Any] | None:
   """A shard as ledgers tell of it; None for a whole corpus.
 
@@ -139,6 +139,7 @@ def described(
     settings: index and number.
     corpus: fingerprint of the whole corpus, keyed with the hash's key.
     key: fingerprint of that key.
+    by: what it hashes: shards by document and by user share units.
   """
   if settings.count == 1:
     return None
@@ -147,4 +148,5 @@ def described(
     "count": settings.count,
     "corpus": corpus,
     "key": key,
+    "by": by,
   }

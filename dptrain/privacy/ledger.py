@@ -432,8 +432,16 @@ class Ledger:
     """Writes down who teaches `branch` from update `step` on.
 
     Raises:
+      LedgerError: the update was made already, or stands before the last
+        lesson; the file is as before.
       OSError: the line could not be written; do not make the update.
     """
+    try:
+      self._check_lesson(branch, step)
+    except ValueError as error:
+      raise LedgerError(
+        f"{self.path} takes no such lesson: {error}."
+      ) from error
     told = {"kind": "lesson", "branch": branch, "step": step}
     self._append({**told, **lesson.as_dict()})
 
@@ -478,6 +486,13 @@ class Ledger:
       raise ValueError(f"under {sampling} each update is a round of its own")
     self._releases.setdefault(branch, {})[step] = update
 
+  def _check_lesson(self, branch: str, step: int) -> None:
+    if branch not in self._branches:
+      raise ValueError(f"branch {branch[:12]} was never opened")
+    if step < max(self.last_step(branch) + 1, self.first_step(branch)):
+      raise ValueError(f"update {step} was made without its lesson")
+    self.lessons.check_next(branch, step)
+
   def _take(self, entry: Mapping[str, Any]) -> None:
     kind = entry["kind"]
     if kind == "plan":
@@ -502,10 +517,7 @@ class Ledger:
     elif kind == "release":
       self._take_release(entry)
     elif kind == "lesson":
-      if entry["branch"] not in self._branches:
-        raise ValueError(f"branch {entry['branch'][:12]} was never opened")
-      if entry["step"] <= self.last_step(entry["branch"]):
-        raise ValueError(f"update {entry['step']} was made without its lesson")
+      self._check_lesson(entry["branch"], entry["step"])
       lesson = teachers.from_dict(entry)
       self.lessons.add(entry["branch"], entry["step"], lesson)
     elif kind == "other":

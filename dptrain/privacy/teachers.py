@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from dptrain.privacy import accounting
 from dptrain.privacy import others as others_lib
 
-# A division of corpora that is taken on trust.
+# How a division of corpora begins that is taken on trust.
 DECLARED = "corpora declared to be disjoint"
 
 
@@ -110,12 +110,24 @@ def from_dict(told: Mapping[str, Any]) -> Lesson:
 
 
 def newest(sources: Iterable[Source]) -> tuple[Source, ...]:
-  """One source for each run: the one that knows of the most releases."""
+  """One source for each run: the one that knows of the most releases.
+
+  A ledger only grows, so that this is its last state. What any state of it says
+  beside its updates stays, whichever that is; where states of it are said to be
+  in different parts, nothing is known.
+  """
   found: dict[str, Source] = {}
   for source in sources:
     known = found.get(source.run)
-    if known is None or source.num_releases >= known.num_releases:
+    if known is None:
       found[source.run] = source
+      continue
+    last = source if source.num_releases >= known.num_releases else known
+    found[source.run] = last._replace(
+      part=last.part if source.part == known.part else "",
+      others=tuple(dict.fromkeys(known.others + source.others)),
+      unprotected=tuple(dict.fromkeys(known.unprotected + source.unprotected)),
+    )
   return tuple(found.values())
 
 
@@ -128,9 +140,20 @@ def shard_part(shard: Mapping[str, Any] | None) -> str:
   if shard is None:
     return ""
   return (
-    f"{shard['count']} shards of corpus {shard['corpus']} by key"
-    f" {shard['key']}/{shard['index']}"
+    f"{shard['count']} shards by {shard.get('by', 'unit')} of corpus"
+    f" {shard['corpus']} by key {shard['key']}/{shard['index']}"
   )
+
+
+def declared_part(by: str, number: int | str) -> str:
+  """A part (`Source.part`) of corpora that somebody declares to be disjoint.
+
+  Args:
+    by: names who declares it, and of which corpora: two declarations are two
+      divisions, since neither says anything of the other's corpora.
+    number: of the part.
+  """
+  return f"{DECLARED} by {by}/{number}"
 
 
 def by_part(sources: Sequence[Source]) -> dict[str, tuple[Source, ...]]:
@@ -168,7 +191,8 @@ def composed_epsilon(
   composition, adaptively). Within a part, or where runs may share units, the
   releases of all runs are one adaptive sequence (sequential composition). That
   parts share no unit is what the parts' names say: proven for shards of one
-  corpus, on trust where it was declared.
+  corpus, on trust where it was declared. A vocabulary of one corpus has read
+  the units of all of its shards, whichever runs' ledgers tell of it.
 
   Args:
     sources: one for each run, all of them.
@@ -184,9 +208,13 @@ def composed_epsilon(
       price.
   """
   bounds = []
-  for runs in by_part(newest(sources)).values():
+  parts = by_part(newest(sources))
+  for part, runs in parts.items():
+    readers = list(runs)
+    if not part.startswith(DECLARED):
+      readers = [run for each in parts.values() for run in each]
     # One vocabulary that several runs were given was released once.
-    others = list(dict.fromkeys(o for run in runs for o in run.others))
+    others = list(dict.fromkeys(o for run in readers for o in run.others))
     releases = others_lib.releases(others)
     for run in runs:
       releases += run.releases
@@ -209,18 +237,24 @@ class Lessons:
     default_factory=dict
   )
 
+  def check_next(self, branch: str, step: int) -> None:
+    """Refuses a lesson that does not come after the last one of its branch.
+
+    Raises:
+      ValueError: names both updates.
+    """
+    last = max(self.by_branch.get(branch, {}), default=-1)
+    if step <= last:
+      raise ValueError(f"a lesson of update {step} stands after that of {last}")
+
   def add(self, branch: str, step: int, lesson: Lesson) -> None:
     """Takes the lesson that holds from update `step` on.
 
     Raises:
-      ValueError: it does not come after the last one of its branch.
+      ValueError: as `check_next`.
     """
-    steps = self.by_branch.setdefault(branch, {})
-    if steps and step <= max(steps):
-      raise ValueError(
-        f"a lesson of update {step} stands after that of {max(steps)}"
-      )
-    steps[step] = lesson
+    self.check_next(branch, step)
+    self.by_branch.setdefault(branch, {})[step] = lesson
 
   def at(self, branch: str, step: int) -> Lesson | None:
     """The lesson that was learned in update `step`; None if there is none."""

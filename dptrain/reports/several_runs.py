@@ -167,7 +167,7 @@ def _sources(
   for number, ledger in enumerate(ledgers.values()):
     part = teachers.shard_part(ledger.header.get("shard"))
     if not part and disjoint:
-      part = f"{teachers.DECLARED}/{number}"
+      part = teachers.declared_part("--disjoint", number)
     found += ledger.sources(part)
   return teachers.newest(found)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import dataclasses
+import math
 from typing import Any
 
 from dptrain.privacy import accounting
@@ -39,6 +40,10 @@ class Taught:
     """Plain data."""
     told = dataclasses.asdict(self) | {"epsilon": self.epsilon.as_dict()}
     del told["unprotected"]
+    told["alone"] = _plain(self.alone)
+    told["runs"] = [
+      run | {"epsilon": _plain(run["epsilon"])} for run in self.runs
+    ]
     return told
 
   def facts(self) -> list[tuple[str, str]]:
@@ -115,6 +120,10 @@ def composed_by(sources: Sequence[teachers.Source]) -> str:
   if next(iter(parts)).startswith(teachers.DECLARED):
     return _PARALLEL.format("corpora (declared, and taken on trust)")
   return _PARALLEL.format("shards of one corpus (by a keyed hash)")
+
+
+def _plain(value: float) -> Any:
+  return "inf" if value == math.inf else value  # JSON has no infinity
 
 
 def _alone(source: teachers.Source, delta: float, relation: str) -> float:

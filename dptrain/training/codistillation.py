@@ -100,12 +100,15 @@ class Codistillation:
     """Whether replicas exchange weights before update `step`."""
     return step >= burn_in and (step - burn_in) % self.period == 0
 
-  def part(self, replica: int, shard: Mapping[str, Any] | None) -> str:
+  def part(
+    self, replica: int, shard: Mapping[str, Any] | None, group: str
+  ) -> str:
     """Which part of the corpora a replica reads (`teachers.Source.part`).
 
     Args:
       replica: its number.
       shard: of its ledger's header.
+      group: names the replicas whose corpora this is about.
 
     Returns:
       Its name; empty: unknown.
@@ -113,7 +116,7 @@ class Codistillation:
     if self.corpora == "shards":
       return teachers.shard_part(shard)
     if self.corpora == "disjoint":
-      return f"{teachers.DECLARED}/{replica}"
+      return teachers.declared_part(f"replicas {group}", replica)
     return ""
 
   def check_shard(self, index: int, count: int) -> None:

@@ -12,6 +12,7 @@ from dptrain.privacy import keys as keys_lib
 from dptrain.training import run as run_lib
 
 _KEY_FILE = "shard_key"
+_NUMBERS_MOVE = "add_or_remove_one"
 
 
 def of_run(
@@ -90,7 +91,10 @@ def shard(
   # Keyed: without the key nobody can try whether a corpus is this one.
   corpus = key.fingerprint(records.content_digest())
   identity = key.digest("identity").hex()
-  return disjoint_shards.described(run.shard, corpus, identity)
+  by = run.privacy.unit
+  if by == "record":
+    by += "'s content" if run.privacy.relation == _NUMBERS_MOVE else "'s number"
+  return disjoint_shards.described(run.shard, corpus, identity, by)
 
 
 def _hash_key(run: run_lib.TrainingRun) -> keys_lib.SecretSeed:

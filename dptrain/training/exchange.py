@@ -1,5 +1,6 @@
 """Where replicas leave their weights for each other: a folder or a bucket.
 
+  EXCHANGE/group                               names the replicas that meet here
   EXCHANGE/replica_0/description.json          what it trains, for the others
   EXCHANGE/replica_0/00000007-00000350-5a...npz  its 7th publication: update 350
 
@@ -17,13 +18,12 @@ import json
 import re
 import secrets
 from typing import Any, NamedTuple, Protocol
-import zipfile
 
 from etils import epath
 import numpy as np
 
 _NAME = re.compile(r"(\d{8,})-(\d{8,})-([0-9a-f]{16})\.npz")
-_DESCRIPTION = "description.json"
+_DESCRIPTION, _GROUP = "description.json", "group"
 _TOLD, _LEDGER = "told.json", "ledger.jsonl"
 _WEIGHT = "weight/"
 
@@ -63,6 +63,13 @@ class Exchange(Protocol):
     Raises:
       ValueError: another replica trains something else, or another run has this
         one's number.
+    """
+
+  def group(self) -> str:
+    """Names the replicas that meet here, and no others.
+
+    Raises:
+      OSError: it cannot be read.
     """
 
   def publish(self, publication: Publication) -> None:
@@ -119,6 +126,7 @@ class SharedFolder:
     self._root = epath.Path(path).expanduser()
     self._replica, self._keep, self._report = replica, keep, report
     self._damaged: set[str] = set()
+    self._named = ""
     self._own = self._folder(replica)
     try:
       self._own.mkdir(parents=True, exist_ok=True)
@@ -135,7 +143,12 @@ class SharedFolder:
     """See `Exchange`."""
     own = json.loads(json.dumps(description))
     self._check_not_taken(own)
-    for path in sorted(self._root.glob(f"replica_*/{_DESCRIPTION}")):
+    met = sorted(self._root.glob(f"replica_*/{_DESCRIPTION}"))
+    path = self._root / _GROUP
+    if not (met and path.exists()):
+      # Anew where others have met before: what was said of them holds no more.
+      self._write(path, secrets.token_hex(16).encode())
+    for path in met:
       name = path.parent.name.removeprefix("replica_")
       if name == str(self._replica):
         continue
@@ -145,6 +158,7 @@ class SharedFolder:
         continue  # being written; that replica will look at ours
       check_fits(own, found, name, str(self._root))
     self._write(self._own / _DESCRIPTION, json.dumps(own, indent=1).encode())
+    self.group()  # known from now on, should the folder be away for a while
 
   def _check_not_taken(self, own: Mapping[str, Any]) -> None:
     path = self._own / _DESCRIPTION
@@ -158,6 +172,16 @@ class SharedFolder:
         f" MODEL_DIR) has published under that number in {self._own}. Give each"
         " replica its own number; if that run is given up, remove the folder."
       )
+
+  def group(self) -> str:
+    """See `Exchange`."""
+    try:
+      # Of replicas that came at the same time the last has named it.
+      self._named = (self._root / _GROUP).read_text()
+    except OSError:
+      if not self._named:
+        raise
+    return self._named
 
   def publish(self, publication: Publication) -> None:
     """See `Exchange`."""
@@ -179,21 +203,17 @@ class SharedFolder:
 
   def read(self, replica: int, step: int) -> Publication | None:
     """See `Exchange`."""
-    published = self._published(replica)
-    if published:
-      # Of a life that went back to an earlier update, only what came after.
-      now = published[-1].step
-      published = [each for each in published if each.step <= now]
+    published = _of_this_life(self._published(replica))
     fitting = [each for each in published if each.step <= step] or published
     for each in reversed(fitting):
       path = self._folder(replica) / each.name
       if str(path) in self._damaged:
         continue
       try:
-        return _unpacked(path.read_bytes(), each.digest, replica)
+        return _unpacked(path.read_bytes(), each, replica)
       except FileNotFoundError:
         continue  # its replica has just replaced it
-      except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+      except Exception as error:  # whatever a foreign file may do to NumPy
         self._damaged.add(str(path))
         self._report(
           f"what replica {replica} published after update {each.step} cannot be"
@@ -253,13 +273,28 @@ def _packed(publication: Publication) -> bytes:
   return file.getvalue()
 
 
-def _unpacked(data: bytes, digest: str, replica: int) -> Publication:
-  if hashlib.sha256(data).hexdigest()[:16] != digest:
+def _of_this_life(published: list[_File]) -> list[_File]:
+  """Without what a replica published before it went back to an earlier update.
+
+  Args:
+    published: in the order of publication.
+  """
+  kept: list[_File] = []
+  for each in reversed(published):
+    if not kept or each.step < kept[-1].step:
+      kept.append(each)
+  return kept[::-1]
+
+
+def _unpacked(data: bytes, name: _File, replica: int) -> Publication:
+  if hashlib.sha256(data).hexdigest()[:16] != name.digest:
     raise ValueError("its content does not match its name")
   with np.load(io.BytesIO(data), allow_pickle=False) as file:
     told = json.loads(file[_TOLD].tobytes())
     if told["replica"] != replica:
       raise ValueError(f"it is of replica {told['replica']}")
+    if told["step"] != name.step:
+      raise ValueError(f"it is of update {told['step']}")
     return Publication(
       weights={
         name.removeprefix(_WEIGHT): file[name]

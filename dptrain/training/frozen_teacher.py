@@ -59,17 +59,19 @@ class FrozenTeacher:
         " name the MODEL_DIR or .npz file of the teacher."
       )
 
-  def part(self, number: str, shard: Any) -> str:
+  def part(self, number: str, shard: Any, student: str) -> str:
     """Which part of the corpora a run has read (`teachers.Source.part`).
 
     Args:
-      number: names the run among those that are declared to be disjoint.
+      number: names the run among those that are declared to be disjoint: the
+        student and the teacher. Of the teacher's own teachers it says nothing.
       shard: of its ledger's header.
+      student: run (`teachers.Source.run`) that declares it.
     """
     if self.corpora == "shards":
       return teachers.shard_part(shard)
     if self.corpora == "disjoint":
-      return f"{teachers.DECLARED}/{number}"
+      return teachers.declared_part(f"run {student}", number)
     return ""
 
   def load(
@@ -119,7 +121,8 @@ class FrozenTeacher:
     sources: tuple[teachers.Source, ...] = ()
     if ledger is not None:
       shard = ledger.header.get("shard")
-      sources = ledger.sources(self.part("the teacher", shard))
+      learner = own.digest("identity").hex()
+      sources = ledger.sources(self.part("the teacher", shard, learner))
     teacher = teachers.Teacher(NAME, step, fingerprint, run)
     return LoadedTeacher(model, params, teacher, sources, ledger, told)
 

@@ -92,13 +92,20 @@ def write_whole(path: pathlib.Path, data: bytes) -> None:
   Args:
     path: the file.
     data: its content.
+
+  Raises:
+    OSError: nothing has changed.
   """
   draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-  with open(draft, "wb") as file:
-    file.write(data)
-    file.flush()
-    os.fsync(file.fileno())
-  draft.replace(path)
+  try:
+    with open(draft, "wb") as file:
+      file.write(data)
+      file.flush()
+      os.fsync(file.fileno())
+    draft.replace(path)
+  except BaseException:
+    draft.unlink(missing_ok=True)
+    raise
 
 
 def _damaged(path: pathlib.Path) -> ledger_lib.LedgerError:

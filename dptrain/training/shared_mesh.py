@@ -4,6 +4,7 @@ Shapes: R replicas, each on an equal group of the devices.
 """
 
 from collections.abc import Mapping, Sequence
+import hashlib
 from typing import Any
 
 import jax
@@ -45,6 +46,11 @@ class SharedMesh:
     for name, found in self._descriptions.items():
       exchange_lib.check_fits(description, found, name, "one process")
     self._descriptions[str(len(self._descriptions))] = description
+
+  def group(self) -> str:
+    """See `exchange.Exchange`; the same whenever these runs meet."""
+    runs = sorted(str(each["run"]) for each in self._descriptions.values())
+    return hashlib.sha256("\x1f".join(runs).encode()).hexdigest()[:32]
 
   def publish(self, publication: exchange_lib.Publication) -> None:
     """See `exchange.Exchange`."""

@@ -65,6 +65,8 @@ def check_ledger(
     )
   here, there = own.header["plan"], found.header["plan"]
   for name, one, other in (
+    # Its name is the user's own, and may hide what it is.
+    ("unit", here["unit"], there["unit"]),
     ("unit", wording.unit(here), wording.unit(there)),
     ("relation", here["relation"], there["relation"]),
   ):

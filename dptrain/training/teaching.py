@@ -301,8 +301,9 @@ class Teaching:
     """Of the corpora: where this run's own units are."""
     settings, shard = self._settings, self._prepared.shard
     if settings.replicas > 1:
-      return settings.part(settings.replica, shard)
-    return self._run.teacher.part("the student", shard)
+      return settings.part(settings.replica, shard, self._exchange.group())
+    own = self._ledger.header["seed"]
+    return self._run.teacher.part("the student", shard, own)
 
   def _looks(self, step: int) -> bool:
     settings = self._settings
@@ -365,7 +366,8 @@ class Teaching:
     shard = ledger.header.get("shard")
     if self._settings.corpora == "shards":
       teacher_checks.check_shard(shard, self._prepared.shard, replica)
-    return ledger.sources(self._settings.part(replica, shard))
+    group = self._exchange.group()
+    return ledger.sources(self._settings.part(replica, shard, group))
 
   def _weights(self, fingerprint: str) -> Any:
     frozen = self._prepared.teacher
