@@ -128,10 +128,11 @@ class View:
         # Made by an earlier call of the same command.
         self._bar.initial += each.step
         self._bar.n += each.step
+        self._bar.last_print_n += each.step  # else they count as its speed
         self._steps[each.name] = each.step
       made += each.step - self._steps[each.name]
       self._steps[each.name] = each.step
-    parts = [f"{name}: {step}" for name, step in self._steps.items()]
+    parts = [f"{o.name}: {o.step}" for o in outcomes if o.step is not None]
     spent = [e.epsilon for e in outcomes if e.epsilon is not None]
     if spent:
       parts.append(f"{self._epsilon} {max(spent):.3f}")
@@ -279,7 +280,7 @@ class _Program:
     self._log, self._view = log, view
     self._begun = {process.stdout: b"", process.stderr: b""}
     self._bar_logged = -_BAR_LOG_SECONDS
-    self._bar_left = ""  # out of the log
+    self._bar_left = ""  # not in the log yet
     self._log_failed = False
     for pipe in self.pipes:
       os.set_blocking(pipe.fileno(), False)
@@ -308,27 +309,32 @@ class _Program:
         pass
       self._hear(self._begun[pipe], pipe)
       self._begun[pipe] = b""
-    if self._bar_left:
-      self._write(f"{self._bar_left}\n".encode())
+    self._log_bar()
     self.outcome.status = self.process.returncode
 
   def _hear(self, line: bytes, pipe: Any) -> None:
     text = _text(line).rstrip()
     if not text:
       return
+    if _BAR.fullmatch(text):
+      self._read_bar(text)
+      self._bar_left = text
+      if time.monotonic() - self._bar_logged >= _BAR_LOG_SECONDS:
+        self._log_bar()
+      return
     if pipe is self.process.stdout:
       self.outcome.summary.append(text)
-    elif _BAR.fullmatch(text):
-      self._read_bar(text)
-      now = time.monotonic()
-      if now - self._bar_logged < _BAR_LOG_SECONDS:
-        self._bar_left = text
-        return
-      self._bar_logged, self._bar_left = now, ""
     else:
       self.outcome.last_words = text
       self._view.say(f"{self.outcome.name}: {text}")
-    self._write(f"{text}\n".encode())
+    self._log_bar()
+    self._write(text)
+
+  def _log_bar(self) -> None:
+    """Logs the newest of the bars, if it is not there."""
+    if self._bar_left:
+      self._write(self._bar_left)
+      self._bar_logged, self._bar_left = time.monotonic(), ""
 
   def _read_bar(self, text: str) -> None:
     found = _BAR.fullmatch(text)
@@ -338,9 +344,9 @@ class _Program:
     if epsilon := _EPSILON.search(found[3]):
       self.outcome.epsilon = float(epsilon[1])
 
-  def _write(self, line: bytes) -> None:
+  def _write(self, line: str) -> None:
     try:
-      self._log.write(line)
+      self._log.write(f"{line}\n".encode())
     except OSError as error:
       if not self._log_failed:
         self._log_failed = True
