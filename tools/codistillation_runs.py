@@ -87,7 +87,8 @@ class Arm:
     """AdamW."""
     rate: Any = optax.linear_schedule(self.rate / 10, self.rate, 10)
     if self.updates:
-      rate = learning_rate.warmup_linear_decay(self.rate, 10, self.updates)
+      warmup = min(10, self.updates // 2)
+      rate = learning_rate.warmup_linear_decay(self.rate, warmup, self.updates)
     return adamw.adamw(rate, b2=0.99, weight_decay=0.0)
 
   def part(self, model: int, records: int) -> tuple[int, int]:

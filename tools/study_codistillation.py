@@ -106,7 +106,8 @@ def study_updates(texts: runs.Data, seeds: range, share: float) -> Figures:
     for seed in few:
       note(found, f"one model, batch {arm.batch}", updates=needed(arm, seed))
   growth = {name: figures["updates"][0] for name, figures in found.items()}
-  print(f"  growing the batch, seed {seeds[0]}: {growth}", flush=True)
+  for name, value in growth.items():
+    print(f"  {name}, seed {seeds[0]}: {value:.0f}", flush=True)
   found.pop(f"one model, batch {4 * BATCH}")
   pair = dataclasses.replace(single, models=2, exchange=EXCHANGE)
   halves = dataclasses.replace(pair, halves=True)
