@@ -39,8 +39,8 @@ Distillation = distillation.Distillation
 BATCH, TARGET, MOST_UPDATES, EXCHANGE = 1024, 4.75, 400, 10
 RATES = {1: 2e-3, 2: 2e-3, 4: 2e-3}  # by multiples of BATCH
 TAUGHT = Distillation(weight=0.5, burn_in=150, ramp=50)
-CHURN_BATCH, CHURN_UPDATES, CHURN_RATE = 128, 500, 2e-3
-CHURN_TAUGHT = Distillation(burn_in=200, ramp=100)
+CHURN_BATCH, CHURN_UPDATES, CHURN_RATE = 128, 400, 2e-3
+CHURN_TAUGHT = Distillation(burn_in=150, ramp=50)
 ALIKE = Distillation(loss="symmetric_kl", burn_in=100, ramp=100)
 ENTROPY = 0.1
 PRIVATE_BATCH, PRIVATE_UPDATES, PRIVATE_RATE = 512, 200, 1e-2
