@@ -144,8 +144,15 @@ def masked(encoder: bert.Bert, noisy: bool, texts: Texts) -> Problem:
   return Problem(init, update, loss)
 
 
-def python_docs() -> Texts:
-  """The documentation that Python carries, as in demo.gin."""
+def python_docs(every: int = 8) -> Texts:
+  """The documentation that Python carries, as in demo.gin.
+
+  Args:
+    every: of so many held-out records one is measured on, 512 at most.
+
+  Returns:
+    Its records.
+  """
   from dptrain.tasks import python_docs as task_lib
 
   task = task_lib.register()
@@ -161,5 +168,5 @@ def python_docs() -> Texts:
     )
     for split in ("train", "validation")
   )
-  some = held_out.gather(np.arange(0, held_out.num_examples, 8)[:512])
+  some = held_out.gather(np.arange(0, held_out.num_examples, every)[:512])
   return Texts(train.tokens, some)
