@@ -220,6 +220,10 @@ class PrivacyReport:
     ]
 
   def _unamplified(self) -> str:
+    own = "" if self.taught is None else "this run's own releases: "
+    return f"{own}{self._unamplified_how()}"
+
+  def _unamplified_how(self) -> str:
     if self.plan["sampling"] in rounds.UNAMPLIFIED:
       return "the same: none is claimed for this sampling"
     if self.num_rounds != self.num_releases:

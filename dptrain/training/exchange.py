@@ -214,7 +214,8 @@ class SharedFolder:
       except FileNotFoundError:
         continue  # its replica has just replaced it
       except Exception as error:  # whatever a foreign file may do to NumPy
-        self._damaged.add(str(path))
+        if not isinstance(error, OSError):  # the next look may read it
+          self._damaged.add(str(path))
         self._report(
           f"what replica {replica} published after update {each.step} cannot be"
           f" read ({_cause(error)}): it is left out"

@@ -72,6 +72,15 @@ def check_ledger(
   ):
     if one != other:
       raise ValueError(f"its {name} is {other!r}, and this run's is {one!r}")
+  if (
+    here["relation"] == "replace_one"
+    and here["sampling"] != (there["sampling"])
+  ):
+    # dp-accounting prices each alone, but not both together.
+    raise ValueError(
+      f"its sampling is {there['sampling']!r}, and this run's is"
+      f" {here['sampling']!r}: under 'replace_one' they have no joint price"
+    )
 
 
 def check_covers(ledger: ledger_lib.Ledger, branch: str, step: int) -> None:

@@ -63,7 +63,7 @@ def test_a_kill_while_drawing_leaves_no_half_seed(tmp_path, monkeypatch):
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(os, "replace", killed)
+    patch.setattr(os, "link", killed)
     with pytest.raises(KeyboardInterrupt):
       keys.load_or_create(tmp_path)
   assert not written(tmp_path).exists()
