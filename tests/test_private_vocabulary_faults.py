@@ -55,7 +55,7 @@ FAULTS = {
     TESTS + "test_the_price_is_that_of_the_distance",
   ),
   "a vocabulary that the budget does not see": Fault(
-    "privacy/ledger.py",
+    "privacy/ledger_record.py",
     "[*others_lib.releases(self._others), *self.update_releases(without)]",
     "self.update_releases(without)",
     "privacy/test_others.py::test_the_budget_stops_earlier",
