@@ -5,6 +5,7 @@ import io
 import os
 import pathlib
 import secrets
+import time
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from dptrain.privacy import ledger as ledger_lib
 from dptrain.training import checkpoints as checkpoints_lib
 
 FOLDER = "teachers"
+_SHARED_FILE_SECONDS = 20
 
 
 class KeptWeights:
@@ -58,6 +60,7 @@ class KeptWeights:
       LedgerError: they are not what was kept.
     """
     path = self._path(fingerprint)
+    self._await(path)
     try:
       with np.load(path, allow_pickle=False) as file:
         found = {name: file[name] for name in file.files}
@@ -73,6 +76,14 @@ class KeptWeights:
     for path in self._folder.glob("*.npz"):
       if path.stem not in needed:
         path.unlink(missing_ok=True)
+
+  def _await(self, path: pathlib.Path) -> None:
+    # Of several processes, others may see a new file some time after the first.
+    end = time.monotonic() + _SHARED_FILE_SECONDS
+    while jax.process_count() > 1 and not path.exists():
+      if time.monotonic() > end:
+        return
+      time.sleep(0.1)
 
   def _path(self, fingerprint: str) -> pathlib.Path:
     return self._folder / f"{fingerprint}.npz"
