@@ -182,8 +182,10 @@ def in_double():
     yield
 
 
-@pytest.mark.parametrize("units", [False, True])
-@pytest.mark.parametrize("loss", distillation.LOSSES)
+@pytest.mark.parametrize(
+  ("loss", "units"),
+  [("cross_entropy", False), ("logit_mse", True), ("symmetric_kl", False)],
+)
 def test_all_methods_clip_label_and_teachers_together(loss, units):
   distance = distillation.Distillation(loss, temperature=1.5)
   rule, objective = rules.ClippingRule("flat", 1e-2), objective_of()

@@ -119,15 +119,6 @@ def test_the_same_command_resumes_and_reports_all(killed):
   assert "Written 20" in text
 
 
-def test_one_replica_is_plain_training(tmp_path):
-  status, out, err = codistill(tmp_path / "one", count=1, steps=4)
-  assert status == 0, err
-  replica = tmp_path / "one" / "replica_0"
-  assert newest(replica) == 4
-  assert not small_run.ledger_lines(replica, "lesson")
-  assert "all replicas           epsilon" in out
-
-
 def test_sigterm_to_the_launcher_lets_all_save(tmp_path):
   folder = tmp_path / "pair"
   # No checkpoint but that of an interrupted run.
