@@ -13,13 +13,20 @@ import numpy as np
 import optax
 import pairs
 import pytest
+from scipy import special
 import small_run
 
+from dptrain.data import disjoint_shards
 from dptrain.data import masking
+from dptrain.models import distillation
 from dptrain.privacy import draws
 from dptrain.privacy import noise
 from dptrain.training import checkpoints
+from dptrain.training import codistillation
 from dptrain.training import loop
+from dptrain.training import objective
+from dptrain.training import programs
+from dptrain.training import step
 
 STEPS, PERIOD = 6, 2
 DISTILLING = {"burn_in": 1, "ramp": 2, "weight": 0.7, "temperature": 2.0}
@@ -209,3 +216,82 @@ def test_a_late_teacher_serves_until_the_limit(pair, tmp_path, capfd):
     "replica 1 published last after update 2, 3 updates behind"
     in capfd.readouterr().err
   )
+
+
+@pytest.mark.parametrize("average", ["probabilities", "logits"])
+def test_several_teachers_count_alike(average):
+  model = small_run.QuickModel(small_run.model().bert)
+  own = objective.Objective(model, masking.MaskingSettings())
+  teachers = [model.init(jax.random.key(seed)) for seed in range(3)]
+  batch = {
+    "tokens": jnp.asarray(small_run.store(4).tokens),
+    "example_ids": jnp.arange(4),
+    "is_padding": jnp.zeros(4, bool),
+  }
+  key = jax.random.key(5, impl="threefry2x32")
+  settings = distillation.Distillation(average=average, temperature=2.0)
+  taught = programs.make_targets(own, settings, (model,) * 3)(
+    teachers, batch, key, np.float32(0.5)
+  )
+  masked = own.masked_for_teachers(batch, step.example_keys(batch, key))
+  each = np.stack(
+    [np.asarray(model.logits(t, masked), np.float64) for t in teachers]
+  )
+  if average == "logits":
+    expected = special.softmax(each.mean(axis=0) / 2.0, axis=-1)
+  else:
+    expected = special.softmax(each / 2.0, axis=-1).mean(axis=0)
+  found = np.asarray(taught["targets"].logits, np.float64)
+  np.testing.assert_allclose(
+    special.softmax(found / 2.0, axis=-1), expected, atol=1e-6
+  )
+  np.testing.assert_array_equal(taught["targets"].weight, [0.5] * 4)
+
+
+@pytest.mark.parametrize(
+  ("topology", "count", "expected"),
+  [
+    ("all_to_all", 1, [()]),
+    ("all_to_all", 3, [(1, 2), (0, 2), (0, 1)]),
+    ("ring", 4, [(3,), (0,), (1,), (2,)]),
+    ("pairs", 4, [(1,), (0,), (3,), (2,)]),
+  ],
+)
+def test_who_teaches_whom(topology, count, expected):
+  found = [
+    codistillation.Codistillation(
+      replicas=count, replica=number, topology=topology
+    ).teachers
+    for number in range(count)
+  ]
+  assert found == expected
+
+
+@pytest.mark.parametrize(
+  ("settings", "told"),
+  [
+    ({"replicas": 0}, "Codistillation.replicas=0"),
+    ({"replicas": 2, "replica": 2}, "Codistillation.replica=2 must lie below"),
+    ({"topology": "star"}, "topology='star' is unknown"),
+    ({"replicas": 3, "topology": "pairs"}, "even number of replicas, not 3"),
+    ({"corpora": "same"}, "corpora='same' is unknown"),
+    ({"period": 0}, "Codistillation.period=0"),
+    ({"max_staleness": -1}, "Codistillation.max_staleness=-1"),
+    ({"keep": 1}, "Codistillation.keep=1"),
+    ({"wait_seconds": float("nan")}, "wait_seconds=nan must be finite"),
+  ],
+)
+def test_settings_that_are_refused(settings, told):
+  with pytest.raises(ValueError, match=told):
+    codistillation.Codistillation(**settings)
+
+
+def test_one_corpus_that_nobody_divided(tmp_path):
+  whole = disjoint_shards.ShardSettings()
+  with pytest.raises(ValueError, match="replicas would read the same units"):
+    replica(tmp_path, 0, shard=whole)
+  other = disjoint_shards.ShardSettings(1, 2, str(tmp_path))
+  with pytest.raises(ValueError, match="the shard of its own number"):
+    replica(tmp_path, 0, shard=other)
+  declared = replica(tmp_path, 0, shard=whole, corpora="overlapping")
+  assert declared.learns
