@@ -317,6 +317,13 @@ def test_an_older_copy_of_a_model_dir_is_not_gone_on_with(tmp_path):
   started_again(two)  # it has published nothing
 
 
+def test_a_run_without_a_claim_may_start_anew(tmp_path):
+  one = Replica(tmp_path, 0, fixed_seed=True)
+  one.update(5)
+  older(one.ledger, 2)
+  started_again(one)
+
+
 def test_a_teacher_whose_ledger_forgets_teaches_no_longer(tmp_path):
   one, two = both(tmp_path)
   one.update(4)
