@@ -16,6 +16,7 @@ from dptrain.data.store import Store
 
 Keys = npt.NDArray[np.uint64]
 _ROWS_AT_ONCE = 1 << 16
+NUMBERS_MOVE = "add_or_remove_one"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,16 +60,19 @@ def own_records(
   keys: Keys | None,
   relation: str,
   hash_key: bytes,
+  *,
+  keys_may_move: bool = False,
 ) -> npt.NDArray[np.int64]:
   """Which records belong to this run's shard.
 
   Formal guarantee: unit: the run's. Which shard a unit is in is a function of
   that unit and of the key alone: no unit is in two shards, and replacing one
-  unit leaves all others where they are. A unit that is known by a key (a
-  document, a user) keeps it, whatever its content. A record is known by its
-  number, which a record that takes its place inherits; under
-  "add_or_remove_one", where numbers move, by its content. Public: nothing; how
-  many units a shard has is as public as the size of its corpus.
+  unit leaves all others where they are. A user keeps its key, whatever its
+  content. A record is known by its number, which a record that takes its place
+  inherits, and a document by its key, which may be its number. Under
+  "add_or_remove_one", where numbers move, both are known by their content.
+  Public: nothing; how many units a shard has is as public as the size of its
+  corpus.
 
   Args:
     settings: index and number of shards.
@@ -77,6 +81,8 @@ def own_records(
       record.
     relation: of the plan, a key of `accounting.RELATIONS`.
     hash_key: secret bytes.
+    keys_may_move: whether keys may be numbers, which move when a unit before
+      them is added or removed.
 
   Returns:
     Sorted int64 [n].
@@ -86,8 +92,8 @@ def own_records(
   """
   if settings.count == 1:
     return np.arange(records.num_examples)
-  if keys is None and relation == "add_or_remove_one":
-    keys = _content_keys(records)
+  if relation == NUMBERS_MOVE and (keys is None or keys_may_move):
+    keys = _content_keys(records, keys)
   elif keys is None:
     keys = np.arange(records.num_examples, dtype=np.uint64)
   shard = _mixed(keys, hash_key) % np.uint64(settings.count)
@@ -100,8 +106,13 @@ def own_records(
   return found
 
 
-def _content_keys(records: Store) -> Keys:
-  """uint64 [N], equal for records of equal tokens."""
+def _content_keys(records: Store, units: Keys | None) -> Keys:
+  """uint64 [N], equal for records of units of equal tokens.
+
+  Args:
+    records: the whole corpus.
+    units: uint64 [N], equal for the records of one unit; None: each is one.
+  """
   found = np.empty(records.num_examples, np.uint64)
   for begin in range(0, records.num_examples, _ROWS_AT_ONCE):
     end = min(begin + _ROWS_AT_ONCE, records.num_examples)
@@ -110,7 +121,17 @@ def _content_keys(records: Store) -> Keys:
     for column in tokens.T:
       key = _splitmix(key ^ column)
     found[begin:end] = key
-  return found
+  if units is None:
+    return found
+  order = np.argsort(units, kind="stable")
+  _, starts, counts = np.unique(
+    units[order], return_index=True, return_counts=True
+  )
+  place = np.arange(len(order)) - np.repeat(starts, counts)
+  parts = _splitmix(found[order] ^ _splitmix(place.astype(np.uint64)))
+  joined = np.empty_like(found)
+  joined[order] = np.repeat(np.add.reduceat(parts, starts), counts)
+  return joined
 
 
 def _mixed(keys: Keys, secret: bytes) -> Keys:

@@ -147,7 +147,7 @@ class Ledger(ledger_record.LedgerRecord):
       or branch.lineage != lineage
       or not self._repeats_exactly(branch.name, checkpoint_step, environment)
       or (
-        self.last_step(branch.name) >= checkpoint_step
+        self._has_begun(branch.name, checkpoint_step)
         and not (intact and repeatable(branch.name))
       )
     ):
@@ -184,10 +184,16 @@ class Ledger(ledger_record.LedgerRecord):
         self._append({"kind": "branch", **branch._asdict()})
         return branch
       if self._repeats_exactly(name, step, environment) and (
-        self.last_step(name) < step or repeatable(name)
+        not self._has_begun(name, step) or repeatable(name)
       ):
         return self._branches[name]
     raise AssertionError("there is always a free name")
+
+  def _has_begun(self, branch: str, step: int) -> bool:
+    """Whether anything of `branch` from update `step` on is written down."""
+    return self.last_step(branch) >= step or self.lessons.begins_at(
+      branch, step
+    )
 
   def _repeats_exactly(self, branch: str, step: int, environment: str) -> bool:
     return branches.repeats_exactly(

@@ -79,6 +79,9 @@ class LedgerRecord:
   def source(self, part: str) -> teachers.Source:
     """All of it, as others see it who learn from this run.
 
+    What entered it as public is among what it does not protect: for others it
+    is one more thing to trust.
+
     Args:
       part: of the corpora that its units are in.
     """
@@ -87,7 +90,11 @@ class LedgerRecord:
       part,
       tuple(self.update_releases()),
       self.others,
-      self.unprotected,
+      self.unprotected
+      + tuple(
+        f"{piece.what}: declared to be public, which is taken on trust"
+        for piece in self._public
+      ),
     )
 
   def sources(self, part: str = "") -> tuple[teachers.Source, ...]:

@@ -8,6 +8,7 @@ composes them without asking anybody.
 
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 from dptrain.privacy import accounting
@@ -122,13 +123,19 @@ def newest(sources: Iterable[Source]) -> tuple[Source, ...]:
     if known is None:
       found[source.run] = source
       continue
-    last = source if source.num_releases >= known.num_releases else known
+    last = source if _spent(source) >= _spent(known) else known
     found[source.run] = last._replace(
       part=last.part if source.part == known.part else "",
       others=tuple(dict.fromkeys(known.others + source.others)),
       unprotected=tuple(dict.fromkeys(known.unprotected + source.unprotected)),
     )
   return tuple(found.values())
+
+
+def _spent(source: Source) -> tuple[int, float]:
+  """Grows with a ledger: rounds, and within one the dearest of its updates."""
+  probs = (each.count * each.sampling_prob for each in source.releases)
+  return source.num_releases, math.fsum(probs)
 
 
 def shard_part(shard: Mapping[str, Any] | None) -> str:

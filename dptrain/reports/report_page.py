@@ -43,7 +43,10 @@ def make_page(
     page.claim(made.statement()),
     page.terms(made.facts()),
   ]
-  if releases and made.epsilon.pld is not None:
+  # Of a run that learned from others they would show its own releases alone:
+  # whoever tests for a unit has seen the others', too, and a group may have
+  # units in several runs.
+  if releases and made.epsilon.pld is not None and made.taught is None:
     parts += _figures(made, ledger, releases)
     # Of a group, one record's updates may border on another's, and a word
     # that all of them hold is no longer one unit's.

@@ -12,7 +12,6 @@ from dptrain.privacy import keys as keys_lib
 from dptrain.training import run as run_lib
 
 _KEY_FILE = "shard_key"
-_NUMBERS_MOVE = "add_or_remove_one"
 
 
 def of_run(
@@ -92,8 +91,11 @@ def shard(
   corpus = key.fingerprint(records.content_digest())
   identity = key.digest("identity").hex()
   by = run.privacy.unit
+  moving = run.privacy.relation == disjoint_shards.NUMBERS_MOVE
   if by == "record":
-    by += "'s content" if run.privacy.relation == _NUMBERS_MOVE else "'s number"
+    by += "'s content" if moving else "'s number"
+  elif by == "document" and moving:
+    by += "'s content"
   return disjoint_shards.described(run.shard, corpus, identity, by)
 
 
@@ -115,6 +117,8 @@ def _own_records(
     keys,
     run.privacy.relation,
     _hash_key(run).digest("shards"),
+    # Of a task that does not name its documents, they are their numbers.
+    keys_may_move=run.privacy.unit == "document",
   )
 
 

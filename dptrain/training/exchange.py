@@ -77,6 +77,7 @@ class Exchange(Protocol):
 
     Raises:
       OSError: it could not be written; nothing has changed.
+      ValueError: somebody else publishes under this replica's number.
     """
 
   def newest_step(self, replica: int) -> int | None:
@@ -127,6 +128,7 @@ class SharedFolder:
     self._replica, self._keep, self._report = replica, keep, report
     self._damaged: set[str] = set()
     self._named = ""
+    self._last: _File | None = None
     self._own = self._folder(replica)
     try:
       self._own.mkdir(parents=True, exist_ok=True)
@@ -143,6 +145,8 @@ class SharedFolder:
     """See `Exchange`."""
     own = json.loads(json.dumps(description))
     self._check_not_taken(own)
+    before = self._published(self._replica)
+    self._last = before[-1] if before else _NOTHING
     met = sorted(self._root.glob(f"replica_*/{_DESCRIPTION}"))
     path = self._root / _GROUP
     if not (met and path.exists()):
@@ -186,12 +190,26 @@ class SharedFolder:
   def publish(self, publication: Publication) -> None:
     """See `Exchange`."""
     before = self._published(self._replica)
+    # A listing may be late; what it has beyond our last is not ours.
+    newest = before[-1] if before else _NOTHING
+    if (
+      self._last
+      and newest != self._last
+      and (newest.number >= self._last.number)
+    ):
+      raise ValueError(
+        f"Codistillation.replica={self._replica}: another process has published"
+        f" under that number in {self._own} since this one began. They are"
+        " copies of one MODEL_DIR, whose noise repeats: go on with one of them"
+        " only."
+      )
     data = _packed(publication)
     digest = hashlib.sha256(data).hexdigest()[:16]
     number = before[-1].number + 1 if before else 0
-    self._write(
-      self._own / f"{number:08d}-{publication.step:08d}-{digest}.npz", data
-    )
+    name = f"{number:08d}-{publication.step:08d}-{digest}.npz"
+    self._write(self._own / name, data)
+    if self._last:
+      self._last = _File(number, publication.step, digest, name)
     for old in before[: max(0, len(before) + 1 - self._keep)]:
       with contextlib.suppress(OSError):
         (self._own / old.name).unlink()
@@ -260,6 +278,9 @@ class _File(NamedTuple):
   step: int
   digest: str
   name: str
+
+
+_NOTHING = _File(-1, -1, "", "")
 
 
 def _packed(publication: Publication) -> bytes:

@@ -4,6 +4,7 @@ Each refusal is a ValueError whose text follows "replica 1 does not teach: ".
 """
 
 from collections.abc import Mapping
+import pathlib
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,69 @@ from dptrain.reports import wording
 from dptrain.training import checkpoints as checkpoints_lib
 from dptrain.training import exchange as exchange_lib
 from dptrain.training import kept_weights
+
+
+def check_own_ledger(
+  own: ledger_lib.Ledger, published: exchange_lib.Publication | None
+) -> None:
+  """Refuses to go on from a MODEL_DIR that is older than what it published.
+
+  With other teachers an update is another one: whoever makes it again without
+  its lesson adds the same noise to another sum.
+
+  Args:
+    own: the ledger of the run.
+    published: what the exchange has of it; None for nothing.
+
+  Raises:
+    LedgerError: updates were published that the ledger does not have.
+  """
+  if published is None or own.fixed_seed:  # no claim: experiments start anew
+    return
+  if not _of_one_run(published.ledger, own.path):
+    return
+  if not own.path.read_bytes().startswith(published.ledger):
+    raise ledger_lib.LedgerError(
+      f"{own.path} lacks lines that it had when update {published.step} was"
+      " published for the other replicas: this MODEL_DIR is an older copy, or"
+      " one of two that went on, and its noise would enter other sums again."
+      " Restore its newest copy, or start in a new MODEL_DIR."
+    )
+
+
+def newest_ledger(published: bytes, known: pathlib.Path) -> bytes:
+  """Of a teacher's ledger as it was published and as it was read before.
+
+  Args:
+    published: its bytes.
+    known: where what was read before is kept, which may be nothing.
+
+  Returns:
+    The longer of the two: a ledger only grows. What was published, if the other
+    is of another run.
+
+  Raises:
+    ValueError: each has lines that the other lacks.
+  """
+  if not _of_one_run(published, known):
+    return published
+  before = known.read_bytes()
+  if before.startswith(published):
+    return before
+  if not published.startswith(before):
+    raise ValueError(
+      "its ledger lacks lines that it had before: its MODEL_DIR is an older"
+      " copy, or one of two that went on"
+    )
+  return published
+
+
+def _of_one_run(ledger: bytes, path: pathlib.Path) -> bool:
+  """Whether two ledgers begin with the same line."""
+  if not path.exists():
+    return False
+  with open(path, "rb") as file:
+    return file.readline() == ledger.partition(b"\n")[0] + b"\n"
 
 
 def check_weights(publication: exchange_lib.Publication, like: Any) -> None:

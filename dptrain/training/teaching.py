@@ -9,6 +9,7 @@ forks (`Ledger.open_branch`).
 from collections.abc import Callable, Mapping
 import hashlib
 import pathlib
+import sys
 import time
 from typing import Any, NamedTuple
 
@@ -111,6 +112,8 @@ class Teaching:
         path, settings.replica, settings.keep, self._say_once
       )
     self._exchange.introduce(self._description())
+    published = self._exchange.read(self._settings.replica, sys.maxsize)
+    teacher_checks.check_own_ledger(self._ledger, published)
 
   def _description(self) -> dict[str, Any]:
     """What this run trains, for others to compare with theirs."""
@@ -256,7 +259,8 @@ class Teaching:
     if now is not None and not looks and self._has(now):
       return now
     chosen = self._chosen(step)
-    if now is not None and now.teachers == chosen.teachers:
+    # All of it: what is said of the corpora may have been corrected.
+    if now == chosen:
       return now
     self._ledger.record_lesson(branch, step, chosen)
     return chosen
@@ -358,7 +362,8 @@ class Teaching:
     teacher_checks.check_weights(publication, self._shapes)
     replica, branch = publication.replica, publication.branch
     path = self._folder / f"replica_{replica}.ledger.jsonl"
-    kept_weights.write_whole(path, publication.ledger)
+    known = teacher_checks.newest_ledger(publication.ledger, path)
+    kept_weights.write_whole(path, known)
     ledger = ledger_lib.Ledger(path)
     claim = not self._prepared.seed.fixed
     teacher_checks.check_ledger(ledger, self._ledger, claim=claim)

@@ -28,21 +28,25 @@ def keys_of(owners):
   return np.array(owners, np.uint64) * np.uint64(7919) + np.uint64(3)
 
 
-def shard(index, count, records, keys, relation="zero_out", secret=KEY):
+def shard(
+  index, count, records, keys, relation="zero_out", secret=KEY, **options
+):
   made = disjoint_shards.ShardSettings(index, count, "folder")
   try:
-    return disjoint_shards.own_records(made, records, keys, relation, secret)
+    return disjoint_shards.own_records(
+      made, records, keys, relation, secret, **options
+    )
   except ValueError as error:
     if "is empty" not in str(error):
       raise
     return np.empty(0, np.int64)
 
 
-def places(count, records, keys, relation, secret=KEY):
+def places(count, records, keys, relation, secret=KEY, **options):
   """The shard of each record; fails unless each has exactly one."""
   found = np.full(records.num_examples, -1)
   for index in range(count):
-    own = shard(index, count, records, keys, relation, secret)
+    own = shard(index, count, records, keys, relation, secret, **options)
     assert (np.diff(own) > 0).all()
     assert (found[own] == -1).all()
     found[own] = index
@@ -115,6 +119,33 @@ def test_a_record_that_is_taken_away_moves_no_other(owners, count, which):
   if kept:
     after = places(count, store(kept), None, relation)
     np.testing.assert_array_equal(np.delete(before, which), after)
+
+
+@given(owners=lists, count=counts, which=st.integers(0, 29))
+@everything
+def test_a_numbered_document_that_is_taken_away_moves_no_other(
+  owners, count, which
+):
+  """Keys of documents without a name are their numbers: those behind move."""
+  rows = store(range(32)).tokens[np.array(owners)]
+  # Records of a document differ; which document each is of, `owners` tells.
+  rows = rows + np.arange(len(owners), dtype=np.int32)[:, None]
+  owners = np.array(owners)
+  own = owners[which % len(owners)]
+  before = _shard_of_each(rows, owners, np.arange(len(owners)), count)
+  stay = np.flatnonzero(owners != own)
+  if len(stay):
+    after = _shard_of_each(rows, owners, stay, count)
+    np.testing.assert_array_equal(before[stay], after)
+    for owner in set(owners.tolist()):
+      assert len(set(before[owners == owner])) == 1
+
+
+def _shard_of_each(rows, owners, kept, count):
+  numbers = np.unique(owners[kept], return_inverse=True)[1]
+  records, keys = RecordStore(rows[kept]), keys_of(numbers)
+  relation = "add_or_remove_one"
+  return places(count, records, keys, relation, keys_may_move=True)
 
 
 def test_content_is_read_to_the_last_token_and_in_its_order():

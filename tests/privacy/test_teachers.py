@@ -167,6 +167,15 @@ def test_the_newest_state_of_a_run_counts(states):
     assert set(found[run].others) == {OTHERS[count % 2] for count in counts}
 
 
+def test_of_two_states_within_a_round_the_dearer_is_the_newer():
+  states = [
+    teachers.Source("a", "s/0", (Releases(3, 0.1, 1.0), Releases(1, prob, 1.0)))
+    for prob in (0.1, 0.2)
+  ]
+  for each in (states, states[::-1]):
+    assert teachers.newest(each) == (states[1],)
+
+
 def test_a_run_that_is_said_to_be_in_two_parts_is_in_none():
   states = [teachers.Source("a", f"s/{part}", ()) for part in (0, 1, 1)]
   assert [each.part for each in teachers.newest(states)] == [""]
@@ -392,6 +401,23 @@ def test_neither_is_a_fork_of_the_same_name(opened, tmp_path):
   assert again not in names
   made = sum(each.count for each in ledger_lib.read(tmp_path).releases())
   assert made == 6 + 3
+
+
+def test_a_lesson_that_was_not_used_yet_binds_its_branch(opened):
+  """Written down and its weights lost: it cannot be written again."""
+  root = branch_of(opened)
+  record(opened, root, 0, 6)
+  opened.record_lesson(root, 6, teachers.Lesson("", (), ()))
+
+  def gone(branch):
+    return branch != root
+
+  assert branch_of(opened, root, 6) == root
+  fork = branch_of(opened, root, 6, gone)
+  assert fork != root
+  opened.record_lesson(fork, 6, teachers.Lesson("", (), ()))
+  assert branch_of(opened, root, 6, gone) == fork
+  assert branch_of(opened, root, 6, lambda _: False) not in (root, fork)
 
 
 def test_a_fork_without_updates_needs_no_teachers(opened):

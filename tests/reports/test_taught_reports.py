@@ -8,11 +8,13 @@ import pytest
 from dptrain import cli
 from dptrain.privacy import accounting
 from dptrain.privacy import ledger as ledger_lib
+from dptrain.privacy import others as others_lib
 from dptrain.privacy import plan as plan_lib
 from dptrain.privacy import schedule
 from dptrain.privacy import teachers
 from dptrain.privacy.accounting import Releases
 from dptrain.reports import report as report_lib
+from dptrain.reports import report_page
 from dptrain.reports import several_runs
 
 DELTA = 1e-5
@@ -298,6 +300,29 @@ def test_a_teacher_of_a_teacher_is_named(tmp_path):
   assert facts["the frozen teacher"].startswith("run seed of s, ")
   assert facts["teacher of a teacher"].startswith("run seed of f, ")
   assert "new weights" not in facts["teacher of a teacher"]
+
+
+def test_what_teachers_took_as_public_is_told(tmp_path):
+  teacher = run(tmp_path / "t")
+  with ledger_lib.opened(tmp_path / "t") as ledger:
+    ledger.declare_public(others_lib.DeclaredPublic("some records", "p"))
+  teacher = ledger_lib.read(tmp_path / "t")
+  learned = [lesson(teacher, theirs="", own="")]
+  made = report_lib.make_report(run(tmp_path / "a", lessons=learned))
+  told = [each for each in made.unprotected if "some records" in each]
+  assert len(told) == 1
+  assert "declared to be public, which is taken on trust" in told[0]
+
+
+def test_the_page_shows_no_curves_of_one_run_alone(tmp_path):
+  teacher = run(tmp_path / "t", shard=shard(1))
+  theirs, own = parts(1, 0)
+  learned = [lesson(teacher, theirs=theirs, own=own)]
+  learner = run(tmp_path / "a", shard=shard(0), lessons=learned)
+  page = report_page.make_page(learner)
+  assert "Privacy report" in page
+  assert "<h2>Groups" not in page
+  assert "Behind the number" not in page
 
 
 def test_a_public_teacher_costs_nothing(tmp_path):

@@ -1,6 +1,7 @@
 """What needs eight devices; `test_pairs_on_a_mesh.py` runs it, with as many."""
 
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pairs
 import pytest
 import small_run
 
+from dptrain.training import classroom as classroom_lib
 from dptrain.training import shared_mesh
 from dptrain.training import together
 
@@ -70,6 +72,25 @@ def test_one_collective_for_each_array(monkeypatch):
   shared_mesh.gathered(trees())
   (text,) = texts
   assert _COLLECTIVE.findall(text) == ["all-gather"] * 2
+
+
+def test_weights_are_split_as_a_replay_will_have_them():
+  """At rest they are split along fsdp, too: then sums would round otherwise."""
+  mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("fsdp", "model"))
+  array = jnp.arange(24.0).reshape(4, 6)
+  at_rest = NamedSharding(mesh, PartitionSpec("fsdp", "model"))
+  wanted = NamedSharding(mesh, PartitionSpec(None, "model"))
+  classroom = classroom_lib.Classroom(
+    None,
+    types.SimpleNamespace(layout=None),
+    types.SimpleNamespace(
+      placed=lambda fingerprint: {"a": jax.device_put(array, at_rest)}
+    ),
+  )
+  classroom.places = classroom_lib.Places(peers={"a": wanted})
+  found = classroom._on_devices("f", None, None)["a"]
+  assert found.sharding == wanted
+  np.testing.assert_array_equal(found, array)
 
 
 def runs(folder, exchange=None):

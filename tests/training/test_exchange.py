@@ -386,6 +386,26 @@ def test_a_number_that_is_taken_is_refused(tmp_path):
     introduced(tmp_path, 0, run="run 5")
 
 
+def test_two_processes_under_one_number_are_found(tmp_path):
+  """Copies of one MODEL_DIR: their run is the same."""
+  one, _ = folder_of(tmp_path)
+  one.introduce(DESCRIPTION)
+  one.publish(publication(1))
+  one.publish(publication(2))
+  two, _ = folder_of(tmp_path)
+  two.introduce(DESCRIPTION)
+  two.publish(publication(3))
+  with pytest.raises(ValueError, match="another process has published"):
+    one.publish(publication(4))
+  two.publish(publication(5))
+  # One that is started again takes over.
+  one, _ = folder_of(tmp_path)
+  one.introduce(DESCRIPTION)
+  one.publish(publication(6))
+  with pytest.raises(ValueError, match="another process has published"):
+    two.publish(publication(6))
+
+
 @pytest.mark.parametrize("content", ["", "{", "[1]x"])
 def test_a_description_that_is_being_written_is_passed_over(tmp_path, content):
   introduced(tmp_path, 0)

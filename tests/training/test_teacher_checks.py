@@ -4,7 +4,9 @@ No model is trained: parameters are arrays of numbers, updates are lines of a
 ledger.
 """
 
+import dataclasses
 import errno
+import hashlib
 import json
 import re
 import types
@@ -262,6 +264,98 @@ def test_two_groups_that_were_declared_disjoint_are_two_declarations(tmp_path):
   assert len(sources) == 4
   assert len(teachers_lib.by_part(sources[:2])) == 2
   assert list(teachers_lib.by_part(sources)) == [""]
+
+
+def test_what_is_said_of_the_corpora_may_be_corrected(tmp_path):
+  one, two = both(tmp_path, corpora="disjoint")
+  one.update()
+  two.update(2)
+  before = two.lessons().at(two.branch, 1)
+  assert before.part
+  changed = dataclasses.replace(two.teaching._settings, corpora="overlapping")
+  two.teaching._settings = changed
+  # It looks again and finds the same weights; what they cost is another thing.
+  two.update(1)
+  after = two.lessons().at(two.branch, 2)
+  assert (after.teachers, after.part) == (before.teachers, "")
+  assert list(teachers_lib.by_part(two.ledger.sources())) == [""]
+
+
+# --- copies and older copies -------------------------------------------------
+
+
+def older(ledger, lines):
+  """The file as it was after so many lines."""
+  whole = ledger.path.read_bytes()
+  ledger.path.write_bytes(b"".join(whole.splitlines(keepends=True)[:lines]))
+  return whole
+
+
+def started_again(replica):
+  replica.ledger.kept_open.__exit__(None, None, None)
+  with ledger_lib.opened(replica.ledger.path.parent) as ledger:
+    prepared = replica.teaching._prepared
+    teaching_lib.Teaching(
+      replica.teaching._run,
+      ledger.path.parent,
+      ledger,
+      prepared,
+      None,
+      replica.said.append,
+    )
+
+
+def test_an_older_copy_of_a_model_dir_is_not_gone_on_with(tmp_path):
+  one, two = both(tmp_path)
+  one.update(5)
+  started_again(one)
+  whole = older(one.ledger, 4)
+  with pytest.raises(ledger_lib.LedgerError, match="update 4 was published"):
+    started_again(one)
+  one.ledger.path.write_bytes(whole)
+  started_again(one)
+  started_again(two)  # it has published nothing
+
+
+def test_a_run_without_a_claim_may_start_anew(tmp_path):
+  one = Replica(tmp_path, 0, fixed_seed=True)
+  one.update(5)
+  older(one.ledger, 2)
+  started_again(one)
+
+
+def test_a_teacher_whose_ledger_forgets_teaches_no_longer(tmp_path):
+  one, two = both(tmp_path)
+  one.update(4)
+  two.update(4)
+  assert names(two.look()) == ["replica 0 (2)"]
+  whole = older(one.ledger, 3)
+  # What an older copy of its MODEL_DIR makes of the same update.
+  forged = one.ledger.path.read_bytes()
+  line = {"kind": "unprotected", "what": "x"}
+  line["previous"] = hashlib.sha256(forged.splitlines(True)[-1]).hexdigest()
+  forged += json.dumps(line).encode() + b"\n"
+  one.ledger.path.write_bytes(whole)
+  meddled(two, ledger=forged)
+  two.teaching._said.clear()
+  two.step += 2
+  for step in (4, 5):
+    two.ledger.record(two.branch, step, two.plan.release(step))
+  assert names(two.look()) == []
+  assert "its ledger lacks lines that it had before" in two.said[-1]
+
+
+def test_an_earlier_publication_does_not_make_a_teacher_cheaper(tmp_path):
+  one, two = both(tmp_path)
+  one.update(7)
+  two.update(7)
+  known = tmp_path / "run_1" / "teachers" / "replica_0.ledger.jsonl"
+  before = known.read_bytes()
+  part = b"".join(before.splitlines(keepends=True)[:3])
+  assert teacher_checks.newest_ledger(part, known) == before
+  assert teacher_checks.newest_ledger(before + b"{}\n", known) != before
+  assert teacher_checks.newest_ledger(b"another\n", known) == b"another\n"
+  assert teacher_checks.newest_ledger(part, known.with_name("no")) == part
 
 
 # --- who does not teach ------------------------------------------------------
