@@ -128,7 +128,7 @@ FAULTS = {
     '      state["params"],\n'
     '      state["opt_state"],\n'
     "      accumulator,\n"
-    '      noise_key=self._key("noise", step),\n'
+    "      noise_key=self._noise_key(step),\n"
     "      noise_multiplier=release.noise_multiplier,\n"
     "      expected_batch_size=float(self.plan.expected_batch_size(step)),\n"
     "      unit_noise=self._correlated(step),\n"
@@ -139,7 +139,7 @@ FAULTS = {
     '      state["params"],\n'
     '      state["opt_state"],\n'
     "      accumulator,\n"
-    '      noise_key=self._key("noise", step),\n'
+    "      noise_key=self._noise_key(step),\n"
     "      noise_multiplier=release.noise_multiplier,\n"
     "      expected_batch_size=float(self.plan.expected_batch_size(step)),\n"
     "      unit_noise=self._correlated(step),\n"

@@ -95,7 +95,7 @@ ROWS = {
   ),
   "one noise for all updates": Row(
     "training/loop.py",
-    'noise_key=self._key("noise", step)',
+    "noise_key=self._noise_key(step)",
     'noise_key=self._key("noise", 0)',
     (
       AUDIT,

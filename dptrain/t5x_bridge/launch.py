@@ -202,7 +202,10 @@ class Launch:
 
     Plain words, because a key array lives on one device.
     """
-    key = self.prepared.seed.key(purpose, self._branch, step)
+    branch = self._branch
+    if purpose == "noise":
+      branch = self.classroom.noise_branch(branch, step)
+    key = self.prepared.seed.key(purpose, branch, step)
     return np.asarray(jax.random.key_data(key))
 
   def drawn(self, step: int) -> npt.NDArray[np.int64]:

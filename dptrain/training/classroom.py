@@ -107,6 +107,12 @@ class Classroom:
     program, weight = self._program(taught.models), np.float32(taught.weight)
     return lambda batch, key: program(teachers, batch, key, weight)
 
+  def noise_branch(self, branch: str, step: int) -> str:
+    """What the noise of update `step` is bound to; `Teaching.noise_branch`."""
+    if self._teaching is None:
+      return branch
+    return self._teaching.noise_branch(step)
+
   def forget(self, oldest: int) -> None:
     """See `Teaching.forget`."""
     if self._teaching is not None:

@@ -2,8 +2,8 @@
 
 import time
 
-from dptrain.privacy import accounting
 from dptrain.privacy import ledger as ledger_lib
+from dptrain.privacy import teachers
 
 
 class EpsilonMeter:
@@ -14,16 +14,18 @@ class EpsilonMeter:
     self._cost, self._at = 0.0, -float("inf")
 
   def __call__(self, ledger: ledger_lib.Ledger, now: bool) -> float | None:
-    """What `ledger` costs; None if it is too early to ask, unless `now`.
+    """What `ledger` costs, with those that its run has learned from.
+
+    None if it is too early to ask, unless `now`.
 
     By a coarse grid, unless `now`: then what the report will say.
     """
     begin = time.monotonic()
     if not now and begin - self._at < 20 * self._cost:
       return None
-    value = accounting.epsilon(
-      ledger.releases(),
-      ledger.delta_left(self._delta),
+    value = teachers.composed_epsilon(
+      ledger.sources(teachers.shard_part(ledger.header.get("shard"))),
+      self._delta,
       self._relation,
       quick=not now,
     ).value

@@ -124,7 +124,9 @@ class FrozenTeacher:
       learner = own.digest("identity").hex()
       sources = ledger.sources(self.part("the teacher", shard, learner))
     teacher = teachers.Teacher(NAME, step, fingerprint, run)
-    return LoadedTeacher(model, params, teacher, sources, ledger, told)
+    return LoadedTeacher(
+      model, params, teacher, sources, ledger, told, self.corpora
+    )
 
 
 class LoadedTeacher(NamedTuple):
@@ -137,6 +139,7 @@ class LoadedTeacher(NamedTuple):
     sources: its run and those that it learned from; none if it is public.
     ledger: of its run; None if it has none, or is public.
     told: the setting that named it, for messages.
+    corpora: as `FrozenTeacher.corpora`.
   """
 
   model: masked_lm.MaskedLanguageModel
@@ -145,6 +148,7 @@ class LoadedTeacher(NamedTuple):
   sources: tuple[teachers.Source, ...]
   ledger: ledger_lib.Ledger | None
   told: str
+  corpora: str
 
   def check(self, own: ledger_lib.Ledger, *, claim: bool) -> None:
     """Refuses a teacher whose releases do not compose with the student's.
@@ -160,6 +164,9 @@ class LoadedTeacher(NamedTuple):
       return
     try:
       teacher_checks.check_ledger(self.ledger, own, claim=claim)
+      if self.corpora == "disjoint":
+        there, here = self.ledger.header, own.header
+        teacher_checks.check_apart(there.get("shard"), here.get("shard"))
     except ValueError as error:
       raise ValueError(
         f"{self.told} cannot teach this run: {error}."

@@ -300,7 +300,7 @@ class _Loop:
     """The noise of update `step`, after that of all before; None if fresh."""
     if self.next_noise is None:
       return None
-    key = self._key("noise", step)
+    key = self._noise_key(step)
     unit, self.noise_history = self.next_noise(key, self.noise_history)
     return unit
 
@@ -328,7 +328,7 @@ class _Loop:
       state["params"],
       state["opt_state"],
       accumulator,
-      noise_key=self._key("noise", step),
+      noise_key=self._noise_key(step),
       noise_multiplier=release.noise_multiplier,
       expected_batch_size=float(self.plan.expected_batch_size(step)),
       unit_noise=self._correlated(step),
@@ -397,6 +397,10 @@ class _Loop:
 
   def _key(self, purpose: str, step: int) -> jax.Array:
     return self.prepared.seed.key(purpose, self.branch.name, step)
+
+  def _noise_key(self, step: int) -> jax.Array:
+    branch = self.classroom.noise_branch(self.branch.name, step)
+    return self.prepared.seed.key("noise", branch, step)
 
   def _after_update(
     self,

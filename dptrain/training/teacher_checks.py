@@ -165,6 +165,29 @@ def check_covers(ledger: ledger_lib.Ledger, branch: str, step: int) -> None:
     raise ValueError(f"its ledger does not know of all its {step} updates")
 
 
+def check_apart(
+  found: Mapping[str, Any] | None, own: Mapping[str, Any] | None
+) -> None:
+  """Refuses corpora that are declared disjoint where the ledgers know better.
+
+  Args:
+    found: the teacher's shard, by its ledger.
+    own: this run's.
+
+  Raises:
+    ValueError: both are of one corpus, and not two shards of one division.
+  """
+  if found is None or own is None or found["corpus"] != own["corpus"]:
+    return
+  if {**found, "index": 0} != {**own, "index": 0} or (
+    found["index"] == own["index"]
+  ):
+    raise ValueError(
+      "its corpus was declared to be disjoint, but is the one that this run's"
+      " shard is of: declare 'overlapping'"
+    )
+
+
 def check_shard(
   found: Mapping[str, Any] | None,
   own: Mapping[str, Any] | None,

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from dptrain.models import masked_lm
+from dptrain.privacy import branches
 from dptrain.privacy import ledger as ledger_lib
 from dptrain.privacy import teachers as teachers_lib
 from dptrain.reports import wording
@@ -90,6 +91,7 @@ class Teaching:
     self._model = prepared.objective.model
     self._shapes = jax.eval_shape(self._model.bare_params, prepared.params)
     self._branch = ""
+    self._now: tuple[int, tuple[str, ...]] = (-1, ())
     self._loaded: dict[str, Any] = {}
     self._said: set[str] = set()
     self._late: dict[int, int | None] = {}
@@ -164,6 +166,7 @@ class Teaching:
     Raises:
       OSError: they cannot be written down; do not make the update.
     """
+    self._now = step, ()
     looks, weight = self._looks(step), self._run.distillation.weight_at(step)
     if weight == 0.0 or not self._run.learns:
       return None
@@ -171,6 +174,7 @@ class Teaching:
     if not told:
       return None
     fingerprints = tuple(fingerprint for _, fingerprint in told)
+    self._now = step, fingerprints
     self._loaded = {each: self._weights(each) for each in fingerprints}
     return Taught(
       weight,
@@ -179,6 +183,25 @@ class Teaching:
       fingerprints,
       tuple(name for name, _ in told),
     )
+
+  def noise_branch(self, step: int) -> str:
+    """What the noise of update `step` is bound to: branch and teachers.
+
+    Other teachers make another sum, whose noise must be another, whatever was
+    forgotten of the first: a copy of MODEL_DIR from before it, say.
+
+    Args:
+      step: an update whose teachers are known: this one, or an earlier one.
+    """
+    now, fingerprints = self._now
+    if now != step:
+      lesson = self._ledger.lessons.at(self._branch, step)
+      taught = lesson and self._run.distillation.weight_at(step) > 0
+      teachers = lesson.teachers if lesson is not None and taught else ()
+      fingerprints = tuple(each.fingerprint for each in teachers)
+    if not fingerprints:
+      return self._branch
+    return branches.name_of(self._branch, *fingerprints)
 
   def publish(self, step: int, params: Any) -> None:
     """Lets the others have the parameters after `step` updates.
@@ -371,6 +394,8 @@ class Teaching:
     shard = ledger.header.get("shard")
     if self._settings.corpora == "shards":
       teacher_checks.check_shard(shard, self._prepared.shard, replica)
+    elif self._settings.corpora == "disjoint":
+      teacher_checks.check_apart(shard, self._prepared.shard)
     group = self._exchange.group()
     return ledger.sources(self._settings.part(replica, shard, group))
 

@@ -4,6 +4,7 @@ Shapes: B examples of an update, M masked, V vocabulary.
 """
 
 import contextlib
+import hashlib
 import json
 import shutil
 
@@ -75,6 +76,7 @@ class Reference:
     self.model, self.optimizer = run.model, run.optimizer
     (branch,) = small_run.ledger_lines(copy, "branch")
     self.branch = branch["name"]
+    self.lessons = dict(pairs.lessons(copy))
     self.params = self.prepared.initial_state()["params"]
     self.opt_state = run.optimizer.init(self.params)
 
@@ -100,8 +102,14 @@ class Reference:
       gradients = jax.tree.map(
         lambda total, g, scale=scale: total + scale * g, gradients, gradient
       )
+    # Other teachers, other noise.
+    taught_by = [name for _, _, name in self.lessons.get(step, [])]
+    told = "\x1f".join([self.branch, *taught_by]).encode()
+    branch = hashlib.sha256(told).hexdigest() if taught_by else self.branch
     drawn = noise.gaussian_like(
-      self.key("noise", step), gradients, plan.noise_multiplier
+      self.prepared.seed.key("noise", branch, step),
+      gradients,
+      plan.noise_multiplier,
     )
     size = plan.expected_batch_size(step)
     mean = jax.tree.map(lambda g, n: (g + n) / size, gradients, drawn)

@@ -686,3 +686,14 @@ def test_descriptions_are_plain_data(tmp_path):
   told = json.loads(path.read_text())
   assert told["shards"].keys() == {"count", "corpus", "key", "by"}
   exchange_lib.check_fits(told, {**told, "run": "other"}, "0", "here")
+
+
+def test_declared_disjoint_is_not_believed_against_the_ledgers():
+  one = {"corpus": "a", "key": "k", "count": 2, "index": 0, "by": "document"}
+  other = {**one, "index": 1}
+  teacher_checks.check_apart(one, other)
+  teacher_checks.check_apart(None, other)
+  teacher_checks.check_apart({**one, "corpus": "b"}, one)
+  for same in (one, {**other, "key": "l"}, {**other, "count": 3}):
+    with pytest.raises(ValueError, match="declare 'overlapping'"):
+      teacher_checks.check_apart(same, one)
