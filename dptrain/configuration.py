@@ -237,7 +237,8 @@ def _check_all_used(superseded: set[str]) -> None:
   if unused:
     raise ValueError(
       f"unused gin bindings: {', '.join(sorted(unused))}. Nothing in this"
-      " configuration reads them: correct the name, or remove them."
+      " configuration reads them: correct the name, or remove them. A macro of"
+      " a gin file is unread where its setting is bound itself: bind the macro."
     )
 
 

@@ -52,6 +52,11 @@ class ShardSettings:
         " set: name one folder for all runs that share the corpus; the first of"
         " them draws the key of the hash there."
       )
+    if not isinstance(self.key_folder, (str, type(None))):
+      raise ValueError(
+        f"ShardSettings.key_folder={self.key_folder!r} must be the name of a"
+        " folder."
+      )
 
 
 def own_records(

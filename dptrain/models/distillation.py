@@ -18,6 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dptrain.models import losses
+
 LOSSES = ("cross_entropy", "logit_mse", "symmetric_kl")
 AVERAGES = ("probabilities", "logits")
 
@@ -64,14 +66,15 @@ class Distillation:
           f"Distillation.{name}={value!r} is unknown; use one of"
           f" {', '.join(map(repr, known))}."
         )
-    if not 0.0 <= self.weight < math.inf:
+    if not losses.is_number(self.weight) or not 0.0 <= self.weight < math.inf:
       raise ValueError(
-        f"Distillation.weight={self.weight!r} must be finite and not negative;"
-        " use 0 to learn from no teacher."
+        f"Distillation.weight={self.weight!r} must be a number, finite and not"
+        " negative; use 0 to learn from no teacher."
       )
-    if not 0.0 < self.temperature < math.inf:
+    temperature = self.temperature
+    if not losses.is_number(temperature) or not 0.0 < temperature < math.inf:
       raise ValueError(
-        f"Distillation.temperature={self.temperature!r} must be finite and"
+        f"Distillation.temperature={temperature!r} must be a number, finite and"
         " positive, such as 1."
       )
     for name in ("burn_in", "ramp"):

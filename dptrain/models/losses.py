@@ -12,6 +12,7 @@ that were drawn).
 import dataclasses
 import functools
 import math
+import numbers
 from typing import Any, Protocol
 
 import jax
@@ -278,16 +279,21 @@ def _tempered_log_probs(
   return log_exp(jax.lax.fori_loop(0, num_iters, step, start))
 
 
+def is_number(value: Any) -> bool:
+  """Whether a setting is a number: a binding may be a word, or a switch."""
+  return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def _check_share(name: str, value: float) -> None:
-  if isinstance(value, bool) or not 0.0 <= value < 1.0:
+  if not is_number(value) or not 0.0 <= value < 1.0:
     raise ValueError(
-      f"{name}={value!r} must lie in [0, 1); use 0 to switch it off"
+      f"{name}={value!r} must be a number in [0, 1); use 0 to switch it off"
     )
 
 
 def _check_weight(name: str, value: float) -> None:
-  if isinstance(value, bool) or not 0.0 <= value < math.inf:
+  if not is_number(value) or not 0.0 <= value < math.inf:
     raise ValueError(
-      f"{name}={value!r} must be finite and not negative; use 0 to switch it"
-      " off"
+      f"{name}={value!r} must be a number, finite and not negative; use 0 to"
+      " switch it off"
     )

@@ -330,13 +330,22 @@ def read(directory: pathlib.Path) -> Ledger:
   if not path.exists():
     raise FileNotFoundError(
       f"{path} does not exist: {directory} is not a MODEL_DIR of dptrain, or"
-      " its first training run has not begun."
+      f" its first training run has not begun.{runs_below(directory)}"
     )
   ledger = Ledger(path)
   if not ledger.header:
     raise LedgerError(f"{path} is empty: nothing was released yet.")
   ledger.check_checkpoints()
   return ledger
+
+
+def runs_below(directory: pathlib.Path) -> str:
+  """Where to look in a folder of several runs, for messages; else empty."""
+  runs = sorted(path.parent for path in directory.glob(f"*/{LEDGER_FILE}"))
+  if not runs:
+    return ""
+  shown = ", ".join(map(str, runs[:4]))
+  return f" There are runs below it: name {shown}{' ...' * (len(runs) > 4)}."
 
 
 def _keep_name(directory: pathlib.Path) -> None:

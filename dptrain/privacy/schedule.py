@@ -109,7 +109,9 @@ class BatchSchedule:
     if self._levels_of_a_ramp() < 2 and self._num_ramps():
       raise ValueError(
         f"BatchSchedule.max_distinct_sizes={self.max_distinct_sizes} is too"
-        f" small for {len(self.phases)} phases; raise it or merge phases."
+        f" small for {len(self.phases)} phases, of which {self._num_ramps()}"
+        " are ramps, of two sizes at least: set it to"
+        f" {len(self.phases) + self._num_ramps()} or more, or merge phases."
       )
     sizes = {segment.expected_batch_size for segment in self.segments()}
     if len(sizes) > self.max_distinct_sizes:

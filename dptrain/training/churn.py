@@ -22,6 +22,7 @@ from dptrain.data import prepared as prepared_lib
 from dptrain.data import store as store_lib
 from dptrain.data import vocabulary as vocabulary_lib
 from dptrain.models import masked_lm
+from dptrain.privacy import ledger as ledger_lib
 from dptrain.reports import layout
 from dptrain.training import evaluation as evaluation_lib
 from dptrain.training import initial_weights
@@ -296,7 +297,7 @@ def _vocabulary(
     if not kept.is_file():
       raise ValueError(
         f"{name}={path!r} is neither an .npz file nor a MODEL_DIR with a"
-        f" {records_lib.VOCABULARY_FILE}."
+        f" {records_lib.VOCABULARY_FILE}.{ledger_lib.runs_below(kept.parent)}"
       )
   if folder is not None:
     place = pathlib.Path(folder).expanduser()

@@ -176,6 +176,12 @@ def make_classroom(
     ValueError: another replica does not fit, or nothing can be published.
   """
   teaching = None
+  burn_in, num_steps = run.distillation.burn_in, run.privacy.schedule.num_steps
+  if run.learns and burn_in >= num_steps:
+    progress_lib.say(
+      f"Distillation.burn_in={burn_in} outlasts the run's {num_steps} updates:"
+      " no teacher enters any of them. Lower it if that is not meant."
+    )
   if run.codistillation.replicas > 1 or run.learns:
     teaching = teaching_lib.Teaching(
       run, directory, ledger, prepared, exchange, progress_lib.say

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 import dataclasses
-import math
 from typing import Any
 
 from dptrain.privacy import teachers
@@ -73,10 +72,13 @@ class Codistillation:
           f"Codistillation.{name}={value!r} is unknown; use one of"
           f" {', '.join(map(repr, known))}."
         )
-    if not 0.0 <= self.wait_seconds < math.inf:
+    settings.check_not_negative(
+      "Codistillation.wait_seconds", self.wait_seconds, "0 never waits"
+    )
+    if not isinstance(self.exchange, (str, type(None))):
       raise ValueError(
-        f"Codistillation.wait_seconds={self.wait_seconds!r} must be finite and"
-        " not negative; 0 never waits."
+        f"Codistillation.exchange={self.exchange!r} must be the name of a"
+        " folder or the address of a bucket that all replicas share."
       )
     if self.topology == "pairs" and self.replicas > 1 and self.replicas % 2:
       raise ValueError(

@@ -101,7 +101,14 @@ def shard(
 
 def _hash_key(run: run_lib.TrainingRun) -> keys_lib.SecretSeed:
   folder = pathlib.Path(str(run.shard.key_folder)).expanduser()
-  folder.mkdir(parents=True, exist_ok=True)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ValueError(
+      f"ShardSettings.key_folder={run.shard.key_folder!r} cannot be made"
+      f" ({error.strerror}): name a folder that can be written to, the same for"
+      " all runs that share the corpus."
+    ) from error
   danger = "tell which records each run has read"
   return keys_lib.load_or_create(folder, _KEY_FILE, danger)
 

@@ -138,7 +138,8 @@ class SharedFolder:
     except OSError as error:
       raise ValueError(
         f"Codistillation.exchange={path!r}: replica {replica} cannot write"
-        f" there ({_cause(error)}): free space, or grant it the right to write."
+        f" there ({_cause(error)}): free space, grant it the right to write, or"
+        " name another folder, the same for all replicas."
       ) from error
 
   def introduce(self, description: Mapping[str, Any]) -> None:

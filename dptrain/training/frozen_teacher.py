@@ -53,6 +53,11 @@ class FrozenTeacher:
         f"FrozenTeacher.corpora={self.corpora!r} is unknown; use one of"
         f" {', '.join(map(repr, codistillation.CORPORA))}."
       )
+    if not isinstance(self.path, (str, type(None))):
+      raise ValueError(
+        f"FrozenTeacher.path={self.path!r} must be the name of a MODEL_DIR or"
+        " of an .npz file."
+      )
     if self.path is None and (self.model is not None or self.declared_public):
       raise ValueError(
         "FrozenTeacher.path is None, but its model or declared_public is set:"

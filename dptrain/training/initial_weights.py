@@ -1,6 +1,7 @@
 """Weights that a run starts from, instead of fresh ones."""
 
 import dataclasses
+import logging
 import pathlib
 from typing import Any
 import zipfile
@@ -130,6 +131,8 @@ def _read_run(path: pathlib.Path, told: str) -> dict[str, np.ndarray]:
     raise ValueError(
       f"{told} is neither an .npz file nor a MODEL_DIR with a checkpoint."
     )
+  # Orbax warns of a file that only its newer layouts have.
+  logging.getLogger("absl").setLevel(logging.CRITICAL)
   folder = path / checkpoints_lib.CHECKPOINTS
   state = (folder / str(step) / "state").absolute()
   # Processes read one after another: none may wait for the others here.

@@ -3,6 +3,8 @@
 A gin binding may hold anything: a quoted "false" is true, and 64.0 is no size.
 """
 
+import math
+import numbers
 from typing import Any
 
 
@@ -16,3 +18,18 @@ def check_flag(name: str, value: Any) -> None:
   """Raises ValueError unless `value` is True or False."""
   if not isinstance(value, bool):
     raise ValueError(f"{name}={value!r} must be True or False.")
+
+
+def check_not_negative(name: str, value: Any, way_out: str) -> None:
+  """Raises ValueError unless `value` is a finite number of at least 0.
+
+  Args:
+    name: of the setting.
+    value: of it.
+    way_out: ends the sentence.
+  """
+  number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+  if not number or not 0.0 <= value < math.inf:
+    raise ValueError(
+      f"{name}={value!r} must be a number, finite and not negative; {way_out}."
+    )

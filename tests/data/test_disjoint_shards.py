@@ -231,6 +231,10 @@ def test_an_empty_shard_is_refused():
     ({"index": 2, "count": 2, "key_folder": "x"}, "numbered from 0"),
     ({"count": 2}, r"key_folder is not set: name one folder"),
     ({"count": 2, "key_folder": ""}, r"key_folder is not set"),
+    (
+      {"count": 2, "key_folder": 3},
+      r"key_folder=3 must be the name of a folder",
+    ),
   ],
 )
 def test_settings_that_make_no_shard(settings_of, told):

@@ -161,6 +161,11 @@ def test_a_missing_or_repeated_line_is_refused(tmp_path, number):
 def test_readers_name_what_they_miss(tmp_path):
   with pytest.raises(FileNotFoundError, match="is not a MODEL_DIR of dptrain"):
     ledger_lib.read(tmp_path)
+  replica = tmp_path / "pair" / "replica_0"
+  replica.mkdir(parents=True)
+  file_of(replica).touch()
+  with pytest.raises(FileNotFoundError, match=rf"below it: name {replica}\."):
+    ledger_lib.read(tmp_path / "pair")
   file_of(tmp_path).touch()
   with pytest.raises(LedgerError, match="is empty: nothing was released yet"):
     ledger_lib.read(tmp_path)

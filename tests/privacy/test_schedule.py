@@ -181,8 +181,10 @@ def test_refuses_phases_that_go_back_in_time(ends):
 
 
 def test_refuses_too_few_sizes_for_a_ramp():
-  with pytest.raises(ValueError, match=r"sizes=2 is too small for 2 phases"):
+  told = r"sizes=2 is too small for 2 phases, .* set it to 3 or more"
+  with pytest.raises(ValueError, match=told):
     BatchSchedule([Phase(4, 8, 5), Phase(8, 8, 9)], max_distinct_sizes=2)
+  BatchSchedule([Phase(4, 8, 5), Phase(8, 8, 9)], max_distinct_sizes=3)
 
 
 def test_refuses_too_many_constant_phases():

@@ -200,6 +200,15 @@ def test_no_weight_is_plain_training(pair, tmp_path):
   assert any(np.any(state[name] != taught[name]) for name in state)
 
 
+def test_a_burn_in_that_outlasts_the_run_is_told(tmp_path, capfd):
+  for burn_in in (STEPS - 1, STEPS):
+    run = replica(tmp_path, 0, distilling={"burn_in": burn_in})
+    with contextlib.ExitStack() as stack:
+      loop.begin(stack, run, records())
+    told = f"Distillation.burn_in={STEPS} outlasts the run's {STEPS} updates"
+    assert (told in capfd.readouterr().err) == (burn_in == STEPS)
+
+
 def test_a_late_teacher_serves_until_the_limit(pair, tmp_path, capfd):
   """Replica 1 went no further than 2 updates; replica 0 makes 6."""
   shutil.copytree(pair / "exchange", tmp_path / "exchange")

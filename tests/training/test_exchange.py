@@ -312,11 +312,16 @@ def test_a_full_disk_leaves_nothing_half_written(both, tmp_path, monkeypatch):
   assert not told
 
 
-@pytest.mark.parametrize("how", ["full", "read-only"])
+@pytest.mark.parametrize("how", ["full", "read-only", "below a file"])
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch, how):
+  path = tmp_path / "exchange"
   if how == "full":
     full_disk(monkeypatch, tmp_path)
     told = "No space left"
+  elif how == "below a file":
+    path.touch()
+    path /= "pair"
+    told = "Not a directory.*name another folder"
   else:
 
     def mkdir(*_, **__):
@@ -324,7 +329,6 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch, how):
 
     monkeypatch.setattr(epath.Path(tmp_path).__class__, "mkdir", mkdir)
     told = "Permission denied"
-  path = tmp_path / "exchange"
   with pytest.raises(
     ValueError, match=rf"Codistillation\.exchange=.*replica 0 .*{told}"
   ):

@@ -194,6 +194,15 @@ def test_the_key_stays_secret(tmp_path):
     examples.shard(run, corpus("record"))
 
 
+def test_a_key_folder_that_cannot_be_made_is_refused(tmp_path):
+  (tmp_path / "file").touch()
+  run = run_of(SETTINGS[0], tmp_path / "file" / "key")
+  with pytest.raises(
+    ValueError, match=r"key_folder=.*file/key' cannot be made \(Not a directory"
+  ):
+    examples.shard(run, corpus("record"))
+
+
 def test_units_of_other_shards_are_kept_out_of_validation_too(tmp_path):
   records = corpus("user")
   for index in range(SHARDS):

@@ -672,6 +672,7 @@ def test_another_vocabulary_is_refused(finished, model, monkeypatch):
   [
     ({"declared_public": True}, r"FrozenTeacher\.path is None"),
     ({"corpora": "apart"}, r"FrozenTeacher\.corpora='apart' is unknown"),
+    ({"path": 3}, r"FrozenTeacher\.path=3 must be the name of a MODEL_DIR"),
     ({"path": "x", "declared_public": 1}, r"FrozenTeacher\.declared_public"),
   ],
 )
