@@ -14,18 +14,15 @@ import functools
 import time
 from typing import Any, NamedTuple
 
+import codistillation_corpora as corpora
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optimizer_problems
 
 from dptrain.clipping import rules
 from dptrain.data import masking
-from dptrain.models import bert
 from dptrain.models import distillation
-from dptrain.models import losses
-from dptrain.models import masked_lm
 from dptrain.optimizers import adamw
 from dptrain.optimizers import learning_rate
 from dptrain.privacy import draws
@@ -35,7 +32,6 @@ from dptrain.privacy import schedule as schedule_lib
 from dptrain.training import objective as objective_lib
 from dptrain.training import step as step_lib
 
-LAYERS, WIDTH = 1, 32
 EVERY = 20  # updates between measurements
 ROWS = 64  # clipped at once
 
@@ -45,6 +41,7 @@ class Arm:
   """Models that are trained together.
 
   Attributes:
+    size: of each model.
     batch: of each model; expected, under privacy.
     rate: peak learning rate.
     teaching: how they learn from each other; None: not at all.
@@ -56,6 +53,7 @@ class Arm:
     updates: of the run, if the rate falls to 0 at its end; 0: it stays.
   """
 
+  size: corpora.Size
   batch: int
   rate: float
   teaching: distillation.Distillation | None = None
@@ -69,18 +67,7 @@ class Arm:
   @property
   def objective(self) -> objective_lib.Objective:
     """What each model is trained on."""
-    encoder = bert.Bert(
-      vocab_size=optimizer_problems.VOCABULARY,
-      num_layers=LAYERS,
-      width=WIDTH,
-      num_heads=WIDTH // 32,
-      max_length=optimizer_problems.LENGTH,
-    )
-    loss: Any = losses.CrossEntropy()
-    if self.entropy:
-      loss = losses.MinimumEntropy(loss, self.entropy)
-    model = masked_lm.MaskedLanguageModel(encoder, loss)
-    return objective_lib.Objective(model, masking.MaskingSettings())
+    return self.size.objective(self.entropy)
 
   @property
   def optimizer(self) -> optax.GradientTransformation:
@@ -115,28 +102,6 @@ class Arm:
     return np.array([taught.weight_at(step) for step in steps], np.float32)
 
 
-# Of all seeds: what is held out, and which records make a half.
-HALVES_SEED = 5
-
-
-class Data(NamedTuple):
-  """Records [N, T] in an order of no meaning, and a masked held-out batch."""
-
-  train: jax.Array
-  held_out: dict[str, jax.Array]
-
-
-def data() -> Data:
-  """Python's documentation."""
-  texts = optimizer_problems.python_docs(every=2)
-  order = np.random.default_rng(HALVES_SEED).permutation(len(texts.train))
-  keys = jax.random.split(_key(1), len(texts.held_out))
-  held_out = {"tokens": jnp.asarray(texts.held_out)}
-  objective = Arm(1, 1.0).objective
-  masked = jax.jit(objective.masked_for_teachers)(held_out, keys)
-  return Data(jnp.asarray(texts.train[order]), masked)
-
-
 def _key(*numbers: int) -> jax.Array:
   key = jax.random.key(0, impl="threefry2x32")
   for number in numbers:
@@ -144,10 +109,14 @@ def _key(*numbers: int) -> jax.Array:
   return key
 
 
-@jax.jit
-def predict(params: Any, held_out: Any) -> jax.Array:
+def predict(params: Any, texts: corpora.Data) -> jax.Array:
   """Probabilities [positions, V] at all masked positions."""
-  logits = Arm(1, 1.0).objective.model.logits(params, held_out)
+  return _predict(texts.size, params, texts.held_out)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _predict(size: corpora.Size, params: Any, held_out: Any) -> jax.Array:
+  logits = size.objective().model.logits(params, held_out)
   return jax.nn.softmax(logits.reshape(-1, logits.shape[-1]))
 
 
@@ -237,7 +206,7 @@ class Run(NamedTuple):
 
 
 def train(
-  arm: Arm, texts: Data, seed: int, updates: int, target: float = 0.0
+  arm: Arm, texts: corpora.Data, seed: int, updates: int, target: float = 0.0
 ) -> Run:
   """Trains R models without privacy, until the first has the target loss."""
   models = _fresh(arm, seed)
@@ -252,19 +221,20 @@ def train(
     if arm.updates and number + EVERY < updates:
       continue
     for curve, params in zip(curves, carry[0], strict=True):
-      curve.append(score(predict(params, texts.held_out), texts.held_out)[0])
+      curve.append(score(predict(params, texts), texts.held_out)[0])
     if curves[0][-1] <= target:
       break
   return Run(carry[0], curves, time.perf_counter() - begin)
 
 
-@jax.jit
-def _initial(key: jax.Array) -> Any:
-  return Arm(1, 1.0).objective.model.init(key)
+@functools.partial(jax.jit, static_argnums=0)
+def _initial(size: corpora.Size, key: jax.Array) -> Any:
+  return size.objective().model.init(key)
 
 
 def _fresh(arm: Arm, seed: int) -> list[Any]:
-  return [_initial(_key(2, seed, model)) for model in range(arm.models)]
+  keys = [_key(2, seed, model) for model in range(arm.models)]
+  return [_initial(arm.size, key) for key in keys]
 
 
 @functools.lru_cache
@@ -317,7 +287,7 @@ def private_plan(
   return plan_lib.make_plan(settings, records)
 
 
-def train_privately(arm: Arm, texts: Data, seed: int) -> Run:
+def train_privately(arm: Arm, texts: corpora.Data, seed: int) -> Run:
   """Trains R models, each with a plan for its own records."""
   models = _fresh(arm, seed)
   states = [arm.optimizer.init(each) for each in models]
