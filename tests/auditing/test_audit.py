@@ -95,7 +95,8 @@ def test_units_are_canaries(tmp_path, unit):
     privacy={"unit": unit, "records_per_unit": 2},
   )
   assert verdict.passed, found(verdict)
-  assert verdict.guesses.correct >= 80
+  # 85 on average; 71 or more but once in ten thousand (4 updates, noise 2).
+  assert verdict.guesses.correct >= 70
   assert verdict.measured.sensitivity == pytest.approx(1.0, abs=0.4)
   plan = ledger_lib.read(tmp_path).header["plan"]
   assert plan["num_examples"] == 430
