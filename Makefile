@@ -24,11 +24,11 @@ check: $(VENV)/.ready  ## format, lint, types, import floors
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check  ## every check, and every test but the seeded faults
-	$(BIN)/pytest -n 2 -m "not faults"
+test: check  ## every check, and every test but the seeded faults and the longest
+	$(BIN)/pytest -n 2 -m "not faults and not long"
 
-faults: $(VENV)/.ready  ## break copies of the package: each time a test must turn red
-	$(BIN)/pytest -n 2 -m faults tests
+faults: $(VENV)/.ready  ## break copies of the package (each time a test must turn red); the longest tests
+	$(BIN)/pytest -n 2 -m "faults or long" tests
 
 lock:  ## resolve the newest allowed versions into requirements.lock
 	$(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --group dev pyproject.toml -o requirements.lock

@@ -8,6 +8,7 @@ import json
 import shutil
 
 import pairs
+import pytest
 import small_run
 import together
 
@@ -90,6 +91,7 @@ def test_killed_with_rubbish_and_restarted(tmp_path):
   check_repeats(tmp_path, 1)
 
 
+@pytest.mark.long
 def test_four_in_a_ring_of_which_one_is_late_and_one_dies(tmp_path):
   options = {
     "replicas": 4,

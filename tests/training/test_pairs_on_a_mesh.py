@@ -13,6 +13,7 @@ def test_collectives_and_interrupts():
   test_mesh.on_eight_devices("-k", "not changes_nothing", file=FILE)
 
 
+@pytest.mark.long
 def test_weights_by_a_collective_or_through_the_host():
   test_mesh.on_eight_devices("-k", "changes_nothing", file=FILE)
 

@@ -119,6 +119,7 @@ def test_the_same_command_resumes_and_reports_all(killed):
   assert "Written 20" in text
 
 
+@pytest.mark.long
 def test_sigterm_to_the_launcher_lets_all_save(tmp_path):
   folder = tmp_path / "pair"
   # No checkpoint but that of an interrupted run.
@@ -237,7 +238,9 @@ while True:
   time.sleep(0.1)
 """
 LAUNCHER = """
-import pathlib, sys
+import pathlib, signal, sys
+# Started in the background, tests may have been told to ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from dptrain import replica_processes as lib
 command = [sys.executable, "-I", "-S", "-c", sys.argv[1]]
 order = lib.Order("replica 0", command, pathlib.Path("log.txt"))
