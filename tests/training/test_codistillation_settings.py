@@ -2,6 +2,7 @@
 
 import pytest
 
+from dptrain import configuration
 from dptrain.training import codistillation
 
 
@@ -36,3 +37,21 @@ def test_refuses_settings_out_of_range(setting, value, told):
 def test_pairs_want_an_even_number():
   with pytest.raises(ValueError, match=r"even number of replicas, not 3"):
     codistillation.Codistillation(replicas=3, topology="pairs")
+
+
+@pytest.mark.parametrize("file", ["shards", "low_churn"])
+def test_files_make_any_run_a_replica(file, tmp_path):
+  for base in ("demo.gin", "models/ngrammer_tiny.gin"):
+    run = configuration.training_run(
+      ["demo.gin", base, f"codistill/{file}.gin"],
+      [
+        "MODEL_DIR = 'x'",
+        "REPLICA = 1",
+        "REPLICAS = 2",
+        f"EXCHANGE = {str(tmp_path)!r}",
+        f"KEY_FOLDER = {str(tmp_path)!r}",
+      ],
+    )
+    assert run.learns
+    assert run.codistillation.teachers == (0,)
+    assert (run.shard.index, run.shard.count) == (1, 2)
