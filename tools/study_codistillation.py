@@ -24,7 +24,7 @@ at three seeds: there the mean of two is only 0.016 nats better, codistilled
 halves took 227 updates to a loss of 4.75 against 230 (gap -3 +- 16), and churn
 fell in |dp| of the label by 0.0016 +- 0.0010, but in first guesses by
 0.039 +- 0.078. Nor did the generated corpus show fewer updates; less churn it
-did not at seeds 0 to 2, but at 3 to 5 (--first_seed 3), and over all six.
+did not at seeds 0 to 2, but at 3 to 5 (--first_seed 3, run after the others).
 Halves that teach each other reached the loss of one model of all records
 there, 0.16 nats below halves alone.
 

@@ -92,11 +92,13 @@ def test_units_are_canaries(tmp_path, unit):
     guesses=100,
     sizes=(430, 430),
     physical_batch_size=215,
+    # 92 are right on average; under the noise of the others 85, and below 80
+    # too often for a test.
+    noise=1.5,
     privacy={"unit": unit, "records_per_unit": 2},
   )
   assert verdict.passed, found(verdict)
-  # 85 on average; 71 or more but once in ten thousand (4 updates, noise 2).
-  assert verdict.guesses.correct >= 70
+  assert verdict.guesses.correct >= 80
   assert verdict.measured.sensitivity == pytest.approx(1.0, abs=0.4)
   plan = ledger_lib.read(tmp_path).header["plan"]
   assert plan["num_examples"] == 430
